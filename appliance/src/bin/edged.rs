@@ -1,0 +1,2 @@
+//! edged
+fn main() {}

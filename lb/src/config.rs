@@ -1,0 +1,799 @@
+//! The `[lb]` section: its types, its defaults and the rules that its values keep.
+//!
+//! Parsing refuses unknown keys and malformed values; [`Config::check`] refuses what is well-formed but cannot work.
+//! Every value that can be at fault carries its place in the file ([`At`]), so that a message can show the line.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    ops::{Deref, Range},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, de};
+
+/// A value and its byte range in the TOML text it was read from.
+#[derive(Clone, Debug)]
+pub struct At<T> {
+    /// The value itself.
+    pub value: T,
+    /// Bytes of the file that hold it.
+    pub span: Range<usize>,
+}
+
+impl<T> Deref for At<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for At<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let spanned = serde_spanned::Spanned::<T>::deserialize(deserializer)?;
+        let span = spanned.span();
+        Ok(Self { value: spanned.into_inner(), span })
+    }
+}
+
+impl<T: JsonSchema> JsonSchema for At<T> {
+    fn inline_schema() -> bool {
+        true
+    }
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        T::schema_name()
+    }
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        generator.subschema_for::<T>()
+    }
+}
+
+/// TCP load balancing: frontends, their backends, and the health endpoint.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where `GET /healthz` is answered: 200 while an API backend is healthy, else 503. Default: nowhere.
+    #[serde(default)]
+    pub health: Vec<At<SocketAddr>>,
+    /// Sources that may ask the health endpoint, as CIDRs. Default: everyone who can reach it.
+    #[serde(default)]
+    pub health_allow: Vec<At<Cidr>>,
+    /// Data threads; each has its own listener socket (SO_REUSEPORT). Default: one per core.
+    #[serde(default)]
+    pub threads: Option<At<u16>>,
+    /// One listener group and its backends.
+    #[serde(default)]
+    pub frontend: Vec<At<Frontend>>,
+}
+
+/// One listener group and its backends.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Frontend {
+    /// Its name in status, metrics and commands: letters, digits, `-` and `_`.
+    pub name: At<String>,
+    /// What is balanced; sets the defaults of `idle_timeout` and `on_down`. Default: "tcp".
+    #[serde(default)]
+    pub kind: Kind,
+    /// Addresses to accept on. IPv4 and IPv6 are separate listeners.
+    pub listen: Vec<At<SocketAddr>>,
+    /// How a backend is chosen among the healthy ones. Default: "least-connections".
+    #[serde(default)]
+    pub balance: Balance,
+    /// How long one backend may take to accept a connection before the next one is tried. Default: 1s.
+    #[serde(default)]
+    pub connect_timeout: Option<At<Span>>,
+    /// Sessions without a byte in either direction for this long are closed. Default: "none" for api, "10m" for tcp, "1h" for ingress.
+    #[serde(default)]
+    pub idle_timeout: Option<At<Timeout>>,
+    /// After one side has closed its sending half, how long the other may stay silent. Default: 30s.
+    #[serde(default)]
+    pub half_close_timeout: Option<At<Span>>,
+    /// What happens to the sessions of a backend that goes down. Default: "reset" for api, "keep" otherwise.
+    #[serde(default)]
+    pub on_down: Option<OnDown>,
+    /// Where connections go: `"[fd00::11]:6443"`, or `{ address = "cp3.fleet:6443", weight = 5, backup = true }`.
+    pub backends: At<Vec<At<Backend>>>,
+    /// When a backend is healthy.
+    #[serde(default)]
+    pub health: Health,
+}
+
+/// What a frontend balances.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Kubernetes API servers: no idle cut (watches are quiet), sessions of a down backend are reset.
+    Api,
+    /// Web traffic for the cluster's ingress: idle cut after 1 h.
+    Ingress,
+    /// Any other TCP service: idle cut after 10 min.
+    #[default]
+    Tcp,
+}
+
+/// How a backend is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// The fewest sessions by weight.
+    #[default]
+    LeastConnections,
+    /// Smooth weighted round robin.
+    RoundRobin,
+    /// Rendezvous hash of the client's address: the same client stays, a lost backend moves only its own clients.
+    Source,
+    /// The less loaded of two drawn at random.
+    RandomTwo,
+}
+
+/// What happens to the sessions of a backend that goes down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDown {
+    /// Reset within half a second, spread at random, so that clients go to a live backend.
+    Reset,
+    /// Left to keepalive and the peers.
+    Keep,
+}
+
+/// One place connections go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Address or name, with port.
+    pub address: Address,
+    /// Share of the connections, 1 to 256. Default: 1.
+    pub weight: u16,
+    /// Used only while no other backend is healthy. Default: false.
+    pub backup: bool,
+}
+
+/// `HOST:PORT`, where the host is an IP address or a DNS name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Address {
+    /// A fixed address.
+    Ip(SocketAddr),
+    /// A name, resolved again as its records expire; while it does not resolve the backend is down.
+    Name {
+        /// The DNS name, without the port.
+        host: String,
+        /// The TCP port.
+        port: u16,
+    },
+}
+
+/// When a backend is healthy.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Health {
+    /// Failed connects within `fail_timeout` that ban a backend; 0 switches passive health off. Default: 2.
+    #[serde(default)]
+    pub max_fails: Option<At<u32>>,
+    /// The window in which failures are counted, and how long a ban lasts. Default: 10s.
+    #[serde(default)]
+    pub fail_timeout: Option<At<Span>>,
+    /// Sets what is not set here. Default: "sliding".
+    #[serde(default)]
+    pub profile: Profile,
+    /// Checks made by the balancer itself. Default: none.
+    #[serde(default)]
+    pub active: Option<At<Active>>,
+}
+
+/// A named set of health rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Profile {
+    /// A true sliding window: 2 failures in 10 s.
+    #[default]
+    Sliding,
+    /// nginx's counter to the letter: 1 failure, 10 s, whole seconds.
+    Nginx,
+    /// What the k8s-master-lb image ships: nginx's counter, 1 failure, 5 s; without its 3 s idle cut.
+    K8sMasterLb,
+}
+
+/// Checks made by the balancer itself.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Active {
+    /// What is checked.
+    pub kind: CheckKind,
+    /// The path asked for by an https check. Default: "/readyz".
+    #[serde(default)]
+    pub path: Option<At<String>>,
+    /// Time between two checks, spread by 20 %. Default: 2s.
+    #[serde(default)]
+    pub interval: Option<At<Span>>,
+    /// Time one check may take. Default: 1s.
+    #[serde(default)]
+    pub timeout: Option<At<Span>>,
+    /// Good checks in a row that bring a backend up. Default: 2.
+    #[serde(default)]
+    pub rise: Option<At<u32>>,
+    /// Bad checks in a row that take a backend down. Default: 3.
+    #[serde(default)]
+    pub fall: Option<At<u32>>,
+    /// The CA (PEM) that signed the backends' certificates; required for https.
+    #[serde(default)]
+    pub ca_file: Option<At<PathBuf>>,
+    /// The name the certificate must carry. Default: the backend's own host or address.
+    #[serde(default)]
+    pub server_name: Option<At<String>>,
+}
+
+/// What an active check does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckKind {
+    /// A TCP connect.
+    Tcp,
+    /// A TLS handshake and `GET path`: 2xx, 401 and 403 are alive, 5xx drains, anything else is a failure.
+    Https,
+}
+
+/// A duration such as `"500ms"`, `"1s"` or `"10m"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+/// A duration, or `"none"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeout(pub Option<Duration>);
+
+/// A network in CIDR notation; a bare address is a network of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr {
+    network: IpAddr,
+    length: u8,
+}
+
+/// The rules of passive health with profile and explicit keys folded together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passive {
+    /// Failures that ban; 0 = never.
+    pub max_fails: u32,
+    /// Window and length of a ban.
+    pub fail_timeout: Duration,
+    /// nginx's counter instead of the sliding window.
+    pub nginx: bool,
+}
+
+/// What an operator has to know about a value that parses but cannot work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Bytes of the file that are at fault.
+    pub span: Range<usize>,
+    /// Cause and effect.
+    pub message: String,
+    /// What to write instead.
+    pub help: String,
+    /// A warning lets the configuration through.
+    pub warning: bool,
+}
+
+impl Frontend {
+    /// Time one backend may take to accept.
+    pub fn connect_timeout(&self) -> Duration {
+        self.connect_timeout.as_ref().map_or(Duration::from_secs(1), |at| at.0)
+    }
+
+    /// Silence after which a session is closed; `None` = never.
+    pub fn idle_timeout(&self) -> Option<Duration> {
+        match (&self.idle_timeout, self.kind) {
+            (Some(at), _) => at.0,
+            (None, Kind::Api) => None,
+            (None, Kind::Tcp) => Some(Duration::from_secs(600)),
+            (None, Kind::Ingress) => Some(Duration::from_secs(3600)),
+        }
+    }
+
+    /// Silence after which a half-closed session is reset.
+    pub fn half_close_timeout(&self) -> Duration {
+        self.half_close_timeout.as_ref().map_or(Duration::from_secs(30), |at| at.0)
+    }
+
+    /// What happens to the sessions of a backend that goes down.
+    pub fn on_down(&self) -> OnDown {
+        self.on_down.unwrap_or(if self.kind == Kind::Api { OnDown::Reset } else { OnDown::Keep })
+    }
+}
+
+impl Health {
+    /// Profile and explicit keys folded together; explicit keys win.
+    pub fn passive(&self) -> Passive {
+        let (max_fails, seconds, nginx) = match self.profile {
+            Profile::Sliding => (2, 10, false),
+            Profile::Nginx => (1, 10, true),
+            Profile::K8sMasterLb => (1, 5, true),
+        };
+        Passive {
+            max_fails: self.max_fails.as_ref().map_or(max_fails, |at| at.value),
+            fail_timeout: self.fail_timeout.as_ref().map_or(Duration::from_secs(seconds), |at| at.0),
+            nginx,
+        }
+    }
+}
+
+impl Active {
+    /// The path an https check asks for.
+    pub fn path(&self) -> &str {
+        self.path.as_ref().map_or("/readyz", |at| at.as_str())
+    }
+    /// Time between two checks.
+    pub fn interval(&self) -> Duration {
+        self.interval.as_ref().map_or(Duration::from_secs(2), |at| at.0)
+    }
+    /// Time one check may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout.as_ref().map_or(Duration::from_secs(1), |at| at.0)
+    }
+    /// Good checks in a row that bring a backend up.
+    pub fn rise(&self) -> u32 {
+        self.rise.as_ref().map_or(2, |at| at.value)
+    }
+    /// Bad checks in a row that take a backend down.
+    pub fn fall(&self) -> u32 {
+        self.fall.as_ref().map_or(3, |at| at.value)
+    }
+}
+
+impl Config {
+    /// Everything that is well-formed but cannot work, in the order of the file.
+    pub fn check(&self) -> Vec<Fault> {
+        let mut faults = Faults(Vec::new());
+        let mut names: BTreeMap<&str, ()> = BTreeMap::new();
+        let mut listeners: BTreeMap<SocketAddr, String> = BTreeMap::new();
+        for at in &self.health {
+            faults.listener(at, "the health endpoint", &mut listeners);
+        }
+        if let Some(at) = self.threads.as_ref().filter(|at| at.value == 0 || at.value > 64) {
+            faults.error(at, format!("{} data threads cannot work", at.value), "write 1 to 64, or leave the key out for one per core");
+        }
+        for frontend in &self.frontend {
+            faults.frontend(frontend, &mut names, &mut listeners);
+        }
+        faults.0.sort_by_key(|fault| fault.span.start);
+        faults.0
+    }
+}
+
+/// Collects faults; one method per thing that can be at fault.
+struct Faults(Vec<Fault>);
+
+impl Faults {
+    fn error<T>(&mut self, at: &At<T>, message: impl Into<String>, help: impl Into<String>) {
+        self.0.push(Fault { span: at.span.clone(), message: message.into(), help: help.into(), warning: false });
+    }
+
+    fn warn<T>(&mut self, at: &At<T>, message: impl Into<String>, help: impl Into<String>) {
+        self.0.push(Fault { span: at.span.clone(), message: message.into(), help: help.into(), warning: true });
+    }
+
+    fn listener(&mut self, at: &At<SocketAddr>, owner: &str, seen: &mut BTreeMap<SocketAddr, String>) {
+        if at.port() == 0 {
+            self.error(at, "port 0 would listen somewhere nobody knows", "write the port that clients use");
+        }
+        if let SocketAddr::V6(v6) = at.value
+            && let Some(v4) = v6.ip().to_ipv4_mapped()
+        {
+            self.error(at, format!("{} is an IPv4 address in IPv6 clothes", at.value), format!("write {v4}:{}", v6.port()));
+        }
+        if let Some(other) = seen.insert(at.value, owner.to_owned()) {
+            self.error(at, format!("{} is already the listener of {other}", at.value), "give each listener an address and port of its own");
+        }
+    }
+
+    fn frontend<'a>(
+        &mut self,
+        frontend: &'a Frontend,
+        names: &mut BTreeMap<&'a str, ()>,
+        listeners: &mut BTreeMap<SocketAddr, String>,
+    ) {
+        let name = &frontend.name;
+        if name.is_empty() || name.len() > 63 || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_') {
+            self.error(name, format!("\"{}\" is no frontend name", name.value.escape_debug()), "use 1 to 63 letters, digits, \"-\" or \"_\"");
+        }
+        if names.insert(name, ()).is_some() {
+            self.error(name, format!("there are two frontends named \"{}\"", name.value), "name them apart: status and commands go by the name");
+        }
+        if frontend.listen.is_empty() {
+            self.error(name, format!("frontend \"{}\" listens nowhere", name.value), "add listen = [\"[::1]:16443\", \"127.0.0.1:16443\"]");
+        }
+        for at in &frontend.listen {
+            self.listener(at, &format!("frontend \"{}\"", name.value), listeners);
+        }
+        self.duration(frontend.connect_timeout.as_ref(), Duration::from_millis(10)..=Duration::from_secs(60));
+        self.duration(frontend.half_close_timeout.as_ref(), Duration::from_secs(1)..=Duration::from_secs(86_400));
+        self.idle(frontend);
+        self.backends(frontend);
+        self.health(frontend);
+    }
+
+    fn duration(&mut self, at: Option<&At<Span>>, range: std::ops::RangeInclusive<Duration>) {
+        if let Some(at) = at.filter(|at| !range.contains(&at.0)) {
+            let (low, high) = (humantime::format_duration(*range.start()), humantime::format_duration(*range.end()));
+            self.error(at, format!("{} is out of range", humantime::format_duration(at.0)), format!("write {low} to {high}"));
+        }
+    }
+
+    fn idle(&mut self, frontend: &Frontend) {
+        let Some(at) = &frontend.idle_timeout else { return };
+        match at.0 {
+            Some(idle) if idle < Duration::from_secs(1) => {
+                self.error(at, format!("{} cuts sessions in mid-sentence", humantime::format_duration(idle)), "write at least 1s, or \"none\"");
+            }
+            Some(idle) if frontend.kind == Kind::Api && idle < Duration::from_secs(600) => self.warn(
+                at,
+                format!("{} cuts quiet watches: every client then lists everything again", humantime::format_duration(idle)),
+                "write \"none\"; dead peers are found by keepalive",
+            ),
+            _ => {}
+        }
+    }
+
+    fn backends(&mut self, frontend: &Frontend) {
+        if frontend.backends.is_empty() {
+            self.error(
+                &frontend.backends,
+                format!("frontend \"{}\" has no backends: every connection would be reset", frontend.name.value),
+                "add backends = [\"[fd00::11]:6443\"]",
+            );
+        }
+        let mut seen = BTreeMap::new();
+        for at in &frontend.backends.value {
+            if !(1..=256).contains(&at.weight) {
+                self.error(at, format!("weight {} is out of range", at.weight), "write 1 to 256; to send a backend nothing, use edgectl lb drain");
+            }
+            if at.address.port() == 0 {
+                self.error(at, "a backend needs a port other than 0", "write HOST:PORT");
+            }
+            if seen.insert(&at.address, ()).is_some() {
+                self.error(at, format!("backend {} is listed twice", at.address), "remove one; for a larger share use weight");
+            }
+            if let Address::Ip(address) = at.address
+                && frontend.listen.iter().any(|listen| listen.value == address)
+            {
+                self.error(at, format!("backend {address} is this frontend's own listener: connections would go in circles"), "write the server's address");
+            }
+        }
+    }
+
+    fn health(&mut self, frontend: &Frontend) {
+        let health = &frontend.health;
+        self.duration(health.fail_timeout.as_ref(), Duration::from_secs(1)..=Duration::from_secs(3600));
+        let Some(active) = &health.active else { return };
+        self.duration(active.interval.as_ref(), Duration::from_millis(100)..=Duration::from_secs(3600));
+        self.duration(active.timeout.as_ref(), Duration::from_millis(50)..=Duration::from_secs(60));
+        for at in [&active.rise, &active.fall].into_iter().flatten().filter(|at| at.value == 0 || at.value > 100) {
+            self.error(at, format!("{} checks in a row cannot decide anything", at.value), "write 1 to 100");
+        }
+        if let Some(at) = active.path.as_ref().filter(|at| !at.starts_with('/') || at.contains(|c: char| c.is_ascii_control() || c == ' ')) {
+            self.error(at, format!("\"{}\" is no request path", at.value.escape_debug()), "write a path such as \"/readyz\"");
+        }
+        match active.kind {
+            CheckKind::Https if active.ca_file.is_none() => self.error(
+                active,
+                "an https check without ca_file could be answered by anyone",
+                "add ca_file = \"/etc/edged/cluster-ca.crt\" (on a control plane: /etc/kubernetes/pki/ca.crt)",
+            ),
+            CheckKind::Tcp => {
+                for (key, at) in [("path", &active.path), ("server_name", &active.server_name)] {
+                    if let Some(at) = at {
+                        self.error(at, format!("a tcp check has no {key}"), "write kind = \"https\", or remove the key");
+                    }
+                }
+                if let Some(at) = &active.ca_file {
+                    self.error(at, "a tcp check has no ca_file", "write kind = \"https\", or remove the key");
+                }
+            }
+            CheckKind::Https => {}
+        }
+    }
+}
+
+impl Address {
+    /// The TCP port.
+    pub fn port(&self) -> u16 {
+        match self {
+            Self::Ip(address) => address.port(),
+            Self::Name { port, .. } => *port,
+        }
+    }
+
+    /// The host as a certificate names it.
+    pub fn host(&self) -> String {
+        match self {
+            Self::Ip(address) => address.ip().to_string(),
+            Self::Name { host, .. } => host.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.fmt(f),
+            Self::Name { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            return Ok(Self::Ip(address));
+        }
+        if text.parse::<IpAddr>().is_ok() {
+            return Err(format!("\"{text}\" has no port; write HOST:PORT, an IPv6 address in brackets: \"[fd00::11]:6443\""));
+        }
+        let (host, port) =
+            text.rsplit_once(':').ok_or_else(|| format!("\"{text}\" has no port; write HOST:PORT such as \"cp1.fleet:6443\""))?;
+        let port = port.parse().map_err(|_| format!("\"{port}\" is no port; write 1 to 65535 after the colon"))?;
+        // RFC 1123 §2.1 host names; a name of digits and dots only would be a mistyped IPv4 address.
+        let label = |l: &str| {
+            (1..=63).contains(&l.len())
+                && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+                && !l.starts_with('-')
+                && !l.ends_with('-')
+        };
+        let name = host.strip_suffix('.').unwrap_or(host);
+        if name.len() > 253 || !name.split('.').all(label) || name.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+            return Err(format!("\"{host}\" is neither an IP address nor a host name; write \"192.0.2.11:6443\", \"[fd00::11]:6443\" or \"cp1.fleet:6443\""));
+        }
+        Ok(Self::Name { host: name.to_ascii_lowercase(), port })
+    }
+}
+
+impl<'de> Deserialize<'de> for Backend {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Table {
+            address: String,
+            #[serde(default = "one")]
+            weight: u16,
+            #[serde(default)]
+            backup: bool,
+        }
+        fn one() -> u16 {
+            1
+        }
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Backend;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"HOST:PORT\" or { address = \"HOST:PORT\", weight = 1, backup = false }")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Backend, E> {
+                Ok(Backend { address: text.parse().map_err(E::custom)?, weight: 1, backup: false })
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Backend, A::Error> {
+                let table = Table::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                let address = table.address.parse().map_err(de::Error::custom)?;
+                Ok(Backend { address, weight: table.weight, backup: table.backup })
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl JsonSchema for Backend {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Backend".into()
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "One place connections go to.",
+            "oneOf": [
+                { "type": "string", "description": "HOST:PORT" },
+                {
+                    "type": "object",
+                    "properties": {
+                        "address": { "type": "string", "description": "HOST:PORT" },
+                        "weight": { "type": "integer", "minimum": 1, "maximum": 256, "default": 1 },
+                        "backup": { "type": "boolean", "default": false }
+                    },
+                    "required": ["address"],
+                    "additionalProperties": false
+                }
+            ]
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text)
+            .map(Self)
+            .map_err(|_| de::Error::custom(format!("\"{text}\" is no duration; write a number and a unit such as \"500ms\", \"1s\" or \"10m\"")))
+    }
+}
+
+impl<'de> Deserialize<'de> for Timeout {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        humantime::parse_duration(&text).map(|duration| Self(Some(duration))).map_err(|_| {
+            de::Error::custom(format!("\"{text}\" is no timeout; write \"none\", or a number and a unit such as \"10m\""))
+        })
+    }
+}
+
+/// Schema of a value that is written as a string of a certain form.
+macro_rules! string_schema {
+    ($type:ty, $name:literal, $description:literal, $pattern:literal) => {
+        impl JsonSchema for $type {
+            fn inline_schema() -> bool {
+                true
+            }
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                $name.into()
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "description": $description, "pattern": $pattern })
+            }
+        }
+    };
+}
+
+string_schema!(Span, "Span", "A duration such as \"500ms\", \"1s\" or \"10m\".", r"^([0-9]+ *[a-zA-Z]+ *)+$");
+string_schema!(Timeout, "Timeout", "A duration such as \"10m\", or \"none\".", r"^(none|([0-9]+ *[a-zA-Z]+ *)+)$");
+string_schema!(Cidr, "Cidr", "A network such as \"fd00::/64\" or \"192.0.2.0/24\".", r"^[0-9a-fA-F:.]+(/[0-9]+)?$");
+
+impl Cidr {
+    /// Whether `address` is inside; an IPv4-mapped address is judged as the IPv4 address it is.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.network, address.to_canonical()) {
+            (IpAddr::V4(network), IpAddr::V4(address)) => {
+                let shift = 32 - u32::from(self.length);
+                (network.to_bits() ^ address.to_bits()).checked_shr(shift).unwrap_or(0) == 0
+            }
+            (IpAddr::V6(network), IpAddr::V6(address)) => {
+                let shift = 128 - u32::from(self.length);
+                (network.to_bits() ^ address.to_bits()).checked_shr(shift).unwrap_or(0) == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+impl FromStr for Cidr {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("\"{text}\" is no network; write \"fd00::/64\" or \"192.0.2.0/24\"");
+        let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
+        let network: IpAddr = address.parse().map_err(|_| wrong())?;
+        let most = if network.is_ipv4() { 32 } else { 128 };
+        let length = length.map_or(Ok(most), str::parse).map_err(|_| wrong())?;
+        if length > most {
+            return Err(wrong());
+        }
+        Ok(Self { network, length })
+    }
+}
+
+impl<'de> Deserialize<'de> for Cidr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Config {
+        toml::from_str(text).expect("the example parses")
+    }
+
+    fn faults(text: &str) -> Vec<(String, String)> {
+        parse(text).check().into_iter().map(|fault| (text[fault.span].to_owned(), fault.message)).collect()
+    }
+
+    const GOOD: &str = r#"
+health = ["[::1]:6080"]
+[[frontend]]
+name = "api"
+kind = "api"
+listen = ["[::1]:16443", "127.0.0.1:16443"]
+connect_timeout = "1s"
+idle_timeout = "none"
+backends = ["[fd00::11]:6443", { address = "[fd00::12]:6443", weight = 5 }, { address = "cp3.fleet:6443", backup = true }]
+[frontend.health]
+max_fails = 2
+fail_timeout = "10s"
+profile = "sliding"
+active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3, ca_file = "/etc/ca.crt" }
+"#;
+
+    #[test]
+    fn the_names_of_the_configuration_are_kept() {
+        let config = parse(GOOD);
+        assert_eq!(config.check(), []);
+        let api = &config.frontend[0];
+        assert_eq!(api.balance, Balance::LeastConnections);
+        assert_eq!(api.idle_timeout(), None);
+        assert_eq!(api.backends[1].weight, 5);
+        assert!(api.backends[2].backup);
+        assert_eq!(api.backends[2].address, Address::Name { host: "cp3.fleet".into(), port: 6443 });
+        assert_eq!(api.on_down(), OnDown::Reset);
+        assert_eq!(api.health.passive(), Passive { max_fails: 2, fail_timeout: Duration::from_secs(10), nginx: false });
+    }
+
+    #[test]
+    fn explicit_keys_win_over_the_profile() {
+        let of = |health: &str| {
+            let text = format!("[[frontend]]\nname='a'\nlisten=['[::1]:1']\nbackends=['[::2]:1']\n[frontend.health]\n{health}");
+            let passive = parse(&text).frontend[0].health.passive();
+            (passive.max_fails, passive.fail_timeout.as_secs(), passive.nginx)
+        };
+        assert_eq!(of(""), (2, 10, false));
+        assert_eq!(of("profile='nginx'"), (1, 10, true));
+        assert_eq!(of("profile='k8s-master-lb'"), (1, 5, true));
+        assert_eq!(of("profile='k8s-master-lb'\nmax_fails=3"), (3, 5, true));
+        assert_eq!(of("profile='nginx'\nfail_timeout='7s'"), (1, 7, true));
+    }
+
+    #[test]
+    fn a_fault_points_at_its_own_words() {
+        let one = |from: &str, to: &str| {
+            let text = GOOD.replace(from, to);
+            assert_ne!(text, GOOD, "{from} is in the example");
+            let found = faults(&text);
+            assert_eq!(found.len(), 1, "{to}: {found:?}");
+            found[0].clone()
+        };
+        assert_eq!(one("\"127.0.0.1:16443\"", "\"[::1]:6080\"").0, "\"[::1]:6080\"");
+        assert_eq!(one("\"127.0.0.1:16443\"", "\"[::ffff:127.0.0.1]:16443\"").0, "\"[::ffff:127.0.0.1]:16443\"");
+        assert!(one("name = \"api\"", "name = \"a b\"").1.contains("no frontend name"));
+        assert!(one("weight = 5", "weight = 0").1.contains("weight 0"));
+        assert!(one("[fd00::12]:6443", "[fd00::11]:6443").1.contains("listed twice"));
+        assert!(one("[fd00::12]:6443", "[::1]:16443").1.contains("in circles"));
+        assert!(one(", ca_file = \"/etc/ca.crt\"", "").1.contains("without ca_file"));
+        assert!(one("\"https\", path = \"/readyz\"", "\"https\", path = \"readyz\"").1.contains("no request path"));
+        assert!(one("idle_timeout = \"none\"", "idle_timeout = \"3s\"").1.contains("quiet watches"));
+        assert!(one("connect_timeout = \"1s\"", "connect_timeout = \"2h\"").1.contains("out of range"));
+    }
+
+    #[test]
+    fn a_frontend_without_backends_is_refused() {
+        let found = faults("[[frontend]]\nname='a'\nlisten=['[::1]:1']\nbackends=[]\n");
+        assert_eq!(found[0].0, "[]");
+        assert!(found[0].1.contains("no backends"));
+    }
+
+    #[test]
+    fn addresses_are_read_with_a_reason_when_they_cannot_be() {
+        assert!("cp1.fleet:6443".parse::<Address>().is_ok());
+        for (text, reason) in [
+            ("fd00::11", "no port"),
+            ("cp1", "no port"),
+            ("cp1:http", "no port;"),
+            ("300.1.1.1:6443", "neither an IP"),
+            ("-cp1:6443", "neither an IP"),
+            (":6443", "neither an IP"),
+        ] {
+            let message = text.parse::<Address>().expect_err(text);
+            assert!(message.contains(reason.trim_end_matches(';')) || message.contains("is no port"), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_mapped_source_is_judged_as_the_ipv4_address_it_is() {
+        let net: Cidr = "192.0.2.0/24".parse().expect("a network");
+        assert!(net.contains("::ffff:192.0.2.7".parse().expect("an address")));
+        assert!(!net.contains("192.0.3.7".parse().expect("an address")));
+        let all: Cidr = "::/0".parse().expect("a network");
+        assert!(all.contains("2001:db8::1".parse().expect("an address")));
+        assert!(!all.contains("192.0.2.1".parse().expect("an address")));
+        assert!("192.0.2.0/33".parse::<Cidr>().is_err());
+    }
+}

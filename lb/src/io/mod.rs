@@ -1,0 +1,1 @@
+//! Sockets, threads, clocks: the shell around the pure modules.

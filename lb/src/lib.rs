@@ -1,0 +1,74 @@
+//! TCP load balancer for Kubernetes API servers and other TCP services.
+//!
+//! ```text
+//! accept -> Pool::pick (healthy, fewest sessions) -> connect (next backend on failure) -> copy, then splice, both ways
+//! ```
+//! Everything outside [`io`] is pure: values and `now` in, values out.
+
+pub mod balance;
+pub mod config;
+pub mod health;
+pub mod io;
+pub mod moment;
+pub mod pool;
+pub mod status;
+
+use std::{
+    net::SocketAddr,
+    ops::Range,
+    path::PathBuf,
+};
+
+pub use config::Config;
+
+/// Something the supervisor opens before the worker exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// What to open.
+    pub what: What,
+    /// The key that asks for it, such as `lb.frontend.api.listen`.
+    pub key: String,
+    /// Its bytes in the configuration file.
+    pub span: Range<usize>,
+}
+
+/// The kinds of [`Need`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A TCP listener with keepalive and TCP_USER_TIMEOUT as [`io::socket`] sets them.
+    Listener {
+        /// Where; unique within the configuration.
+        address: SocketAddr,
+        /// How many SO_REUSEPORT sockets: one per data thread.
+        copies: u16,
+    },
+    /// The content of a readable file that is no secret (a CA certificate).
+    File(PathBuf),
+}
+
+/// What `config` asks the supervisor to open, each with the config line it comes from. `cores` is the number of data
+/// threads when the configuration does not say.
+pub fn needs(config: &Config, cores: u16) -> Vec<Need> {
+    let threads = threads(config, cores);
+    let mut needs = Vec::new();
+    for at in &config.health {
+        let what = What::Listener { address: at.value, copies: 1 };
+        needs.push(Need { what, key: "lb.health".into(), span: at.span.clone() });
+    }
+    for frontend in &config.frontend {
+        for at in &frontend.listen {
+            let what = What::Listener { address: at.value, copies: threads };
+            needs.push(Need { what, key: format!("lb.frontend.{}.listen", frontend.name.value), span: at.span.clone() });
+        }
+        if let Some(at) = frontend.health.active.as_ref().and_then(|active| active.ca_file.as_ref()) {
+            let key = format!("lb.frontend.{}.health.active.ca_file", frontend.name.value);
+            needs.push(Need { what: What::File(at.value.clone()), key, span: at.span.clone() });
+        }
+    }
+    needs
+}
+
+/// Data threads of `config` on a machine with `cores` cores.
+pub fn threads(config: &Config, cores: u16) -> u16 {
+    config.threads.as_ref().map_or(cores, |at| at.value).max(1)
+}
