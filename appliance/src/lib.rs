@@ -1,1 +1,3 @@
-//! appliance
+//! The appliance: `edged` (supervisor and workers) and `edgectl`.
+
+pub mod api;
