@@ -12,6 +12,7 @@ pub mod io;
 pub mod moment;
 pub mod pool;
 pub mod status;
+pub mod wheel;
 
 use std::{
     net::SocketAddr,

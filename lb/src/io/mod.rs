@@ -1,5 +1,18 @@
 //! Sockets, threads, clocks: the shell around the pure modules.
 
+mod check;
+mod clock;
+mod frontend;
+mod healthz;
+mod memory;
+mod names;
+mod reactor;
+mod relay;
+mod service;
+pub mod socket;
+
+pub use service::{Error, check_file, run};
+
 use std::{collections::BTreeMap, net::SocketAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};

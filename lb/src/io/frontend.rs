@@ -1,0 +1,382 @@
+//! What the threads of a worker share about one frontend: the pool behind one lock, its journal, its counters.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::{IpAddr, SocketAddr},
+    os::fd::RawFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+
+use super::{clock, reactor::Threads, socket};
+use crate::{
+    config,
+    moment::Moment,
+    pool::{Action, BackendId, CheckOutcome, Failure, Pick, Pool, Settings, Snapshot},
+    status::{BackendStatus, Event, EventKind, FrontendStatus, Why},
+};
+
+/// Events kept per backend.
+const JOURNAL: usize = 128;
+/// Live sessions per backend whose descriptors can testify to its life.
+const WITNESSES: usize = 8;
+
+/// What a session needs to know of its frontend, replaced whole by a reload.
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
+    pub(crate) connect_timeout: Duration,
+    pub(crate) idle_timeout: Option<Duration>,
+    pub(crate) half_close_timeout: Duration,
+}
+
+impl Rules {
+    pub(crate) fn of(frontend: &config::Frontend) -> Self {
+        Self {
+            connect_timeout: frontend.connect_timeout(),
+            idle_timeout: frontend.idle_timeout(),
+            half_close_timeout: frontend.half_close_timeout(),
+        }
+    }
+}
+
+/// One frontend, shared by the data threads and the control task.
+pub(crate) struct Frontend {
+    pub(crate) name: String,
+    pub(crate) rules: ArcSwap<Rules>,
+    core: Mutex<Core>,
+    pub(crate) accepted: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) local_errors: AtomicU64,
+    threads: Arc<Threads>,
+    /// Rung when something worth keeping over a crash has happened.
+    changed: Arc<Notify>,
+}
+
+struct Core {
+    pool: Pool,
+    config: config::Frontend,
+    backends: BTreeMap<BackendId, Beside>,
+}
+
+/// What stands beside a backend of the pool and is no business of the pure core.
+struct Beside {
+    traffic: Arc<Traffic>,
+    /// Descriptors of live sessions. A session takes its own out, under this lock, before it closes it.
+    witnesses: Vec<RawFd>,
+    journal: VecDeque<Event>,
+}
+
+/// Live counters of one backend, written by the data threads without a lock.
+#[derive(Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) up: AtomicU64,
+    pub(crate) down: AtomicU64,
+    pub(crate) resets: AtomicU64,
+    /// Milliseconds since boot of the last byte from the backend.
+    pub(crate) last_byte: AtomicU64,
+}
+
+impl Beside {
+    fn new() -> Self {
+        Self { traffic: Arc::default(), witnesses: Vec::new(), journal: VecDeque::new() }
+    }
+
+    /// Age of the freshest sign of life: a byte, or an acknowledgement of a live session.
+    fn proof(&self, now: Moment, acks: bool) -> Option<Duration> {
+        let last = self.traffic.last_byte.load(Relaxed);
+        let byte = (last > 0).then(|| now - Moment::new(Duration::from_millis(last)));
+        let ack = if acks { self.witnesses.iter().filter_map(|fd| socket::last_ack(*fd)).min() } else { None };
+        byte.into_iter().chain(ack).min()
+    }
+}
+
+/// What outlives the process that wrote it.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Memory {
+    pool: Snapshot,
+    counters: [u64; 4],
+    backends: BTreeMap<String, BackendMemory>,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct BackendMemory {
+    up: u64,
+    down: u64,
+    resets: u64,
+    journal: VecDeque<Event>,
+}
+
+impl Frontend {
+    pub(crate) fn new(config: &config::Frontend, seed: u64, threads: Arc<Threads>, changed: Arc<Notify>, now: Moment) -> Self {
+        let pool = Pool::new(Settings::of(config, seed), &plain(config), now);
+        Self {
+            name: config.name.value.clone(),
+            rules: ArcSwap::from_pointee(Rules::of(config)),
+            core: Mutex::new(Core { pool, config: config.clone(), backends: BTreeMap::new() }),
+            accepted: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            retries: AtomicU64::new(0),
+            local_errors: AtomicU64::new(0),
+            threads,
+            changed,
+        }
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        // A panic under the lock aborts the worker, so poison is never seen; if it were, the state is still the best there is.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over a changed configuration; sessions and health stay.
+    pub(crate) fn reconfigure(&self, config: &config::Frontend, seed: u64, now: Moment) {
+        self.rules.store(Arc::new(Rules::of(config)));
+        let mut core = self.core();
+        let actions = core.pool.reconfigure(Settings::of(config, seed), &plain(config), now);
+        core.config = config.clone();
+        self.act(&mut core, actions);
+    }
+
+    /// Chooses a backend for a client that has already tried `tried`.
+    pub(crate) fn pick(&self, client: IpAddr, tried: &[BackendId], now: Moment) -> Option<(Pick, Arc<Traffic>)> {
+        let mut core = self.core();
+        let (pick, actions) = core.pool.pick(client, tried, now);
+        let picked = pick.map(|pick| {
+            let beside = core.backends.entry(pick.id).or_insert_with(Beside::new);
+            (pick, beside.traffic.clone())
+        });
+        self.act(&mut core, actions);
+        picked
+    }
+
+    /// The backend accepted; `fd` may testify to its life from now on.
+    pub(crate) fn connected(&self, id: BackendId, fd: RawFd, took: Duration, now: Moment) {
+        let mut core = self.core();
+        if let Some(beside) = core.backends.get_mut(&id)
+            && beside.witnesses.len() < WITNESSES
+        {
+            beside.witnesses.push(fd);
+        }
+        let actions = core.pool.connected(id, took, now);
+        self.act(&mut core, actions);
+    }
+
+    /// The connect failed.
+    pub(crate) fn connect_failed(&self, id: BackendId, failure: Failure, now: Moment) {
+        if matches!(failure, Failure::Local) {
+            self.local_errors.fetch_add(1, Relaxed);
+        }
+        let mut core = self.core();
+        let Core { pool, backends, .. } = &mut *core;
+        let actions = pool.failed(id, failure, || backends.get(&id).and_then(|beside| beside.proof(now, true)), now);
+        self.act(&mut core, actions);
+    }
+
+    /// The client left before the backend answered.
+    pub(crate) fn abandoned(&self, id: BackendId, now: Moment) {
+        self.core().pool.abandoned(id, now);
+    }
+
+    /// An established session is about to close `fd`.
+    pub(crate) fn closed(&self, id: BackendId, fd: RawFd, now: Moment) {
+        let mut core = self.core();
+        if let Some(beside) = core.backends.get_mut(&id)
+            && let Some(at) = beside.witnesses.iter().position(|witness| *witness == fd)
+        {
+            beside.witnesses.swap_remove(at);
+        }
+        core.pool.closed(id, now);
+    }
+
+    /// An active check has answered. Only bytes veto a check's timeout: the kernel of a stopped server still
+    /// acknowledges.
+    pub(crate) fn checked(&self, id: BackendId, outcome: CheckOutcome, now: Moment) {
+        let mut core = self.core();
+        let Core { pool, backends, .. } = &mut *core;
+        let actions = pool.checked(id, outcome, || backends.get(&id).and_then(|beside| beside.proof(now, false)), now);
+        self.act(&mut core, actions);
+    }
+
+    /// A name has resolved to `addresses`, or to nothing.
+    pub(crate) fn resolved(&self, name: &config::Address, addresses: &[SocketAddr], now: Moment) {
+        let mut core = self.core();
+        let actions = core.pool.set_addresses(name, addresses, now);
+        self.act(&mut core, actions);
+    }
+
+    /// Sets or takes back a drain; `false` if there is no such backend.
+    pub(crate) fn drain(&self, backend: &config::Address, set: bool, now: Moment) -> bool {
+        let mut core = self.core();
+        let Some(actions) = core.pool.drain(backend, set, now) else { return false };
+        self.act(&mut core, actions);
+        true
+    }
+
+    pub(crate) fn has(&self, backend: &config::Address) -> bool {
+        !self.core().pool.id_of(backend).is_empty()
+    }
+
+    /// The names to resolve.
+    pub(crate) fn names(&self) -> Vec<config::Address> {
+        self.core().pool.names()
+    }
+
+    /// The configured backends as written.
+    pub(crate) fn backends(&self) -> Vec<String> {
+        self.core().config.backends.iter().map(|at| at.address.to_string()).collect()
+    }
+
+    /// What active checks look at, with the rules for it.
+    pub(crate) fn targets(&self) -> (Option<config::Active>, Vec<(BackendId, config::Address, SocketAddr)>) {
+        let core = self.core();
+        (core.config.health.active.as_ref().map(|at| at.value.clone()), core.pool.targets())
+    }
+
+    pub(crate) fn healthy(&self, now: Moment) -> bool {
+        self.core().pool.healthy(now)
+    }
+
+    pub(crate) fn kind(&self) -> config::Kind {
+        self.core().config.kind
+    }
+
+    fn act(&self, core: &mut Core, actions: Vec<Action>) {
+        if actions.is_empty() {
+            return;
+        }
+        for action in actions {
+            match action {
+                Action::Event { id, kind, reason } => self.note(core, id, kind, reason),
+                Action::ResetSessions(id) => self.threads.reset_sessions(&self.name, id),
+            }
+        }
+        self.changed.notify_one();
+    }
+
+    fn note(&self, core: &mut Core, id: BackendId, kind: EventKind, reason: String) {
+        let backend = core.pool.name_of(id).unwrap_or_else(|| format!("#{}", id.0));
+        match kind {
+            EventKind::Ban | EventKind::Down | EventKind::FailOpen => {
+                tracing::warn!(frontend = self.name, backend, event = ?kind, "{reason}");
+            }
+            EventKind::Failure => tracing::debug!(frontend = self.name, backend, event = ?kind, "{reason}"),
+            _ => tracing::info!(frontend = self.name, backend, event = ?kind, "{reason}"),
+        }
+        let journal = &mut core.backends.entry(id).or_insert_with(Beside::new).journal;
+        if journal.len() == JOURNAL {
+            journal.pop_front();
+        }
+        journal.push_back(Event { at: clock::wall(), kind, reason });
+    }
+
+    /// A thread has reset `count` sessions of a backend that went down.
+    pub(crate) fn were_reset(&self, id: BackendId, count: u64) {
+        let mut core = self.core();
+        if let Some(beside) = core.backends.get(&id) {
+            beside.traffic.resets.fetch_add(count, Relaxed);
+            let reason = format!("{count} session{} reset because it went down", if count == 1 { "" } else { "s" });
+            self.note(&mut core, id, EventKind::Reset, reason);
+        }
+    }
+
+    pub(crate) fn status(&self, now: Moment) -> FrontendStatus {
+        let core = self.core();
+        let backends = core.statuses(now).into_iter().map(|(_, status)| status).collect::<Vec<_>>();
+        FrontendStatus {
+            name: self.name.clone(),
+            kind: core.config.kind,
+            balance: core.config.balance,
+            listen: core.config.listen.iter().map(|at| at.value).collect(),
+            sessions: backends.iter().map(|backend| backend.sessions).sum(),
+            connections_total: self.accepted.load(Relaxed),
+            failed_total: self.failed.load(Relaxed),
+            retries_total: self.retries.load(Relaxed),
+            local_errors_total: self.local_errors.load(Relaxed),
+            backends,
+        }
+    }
+
+    /// What happened to `backend`; one entry per address of a name.
+    pub(crate) fn why(&self, backend: &config::Address, now: Moment) -> Vec<Why> {
+        let core = self.core();
+        let ids = core.pool.id_of(backend);
+        core.statuses(now)
+            .into_iter()
+            .filter(|(id, _)| ids.contains(id))
+            .map(|(id, status)| Why {
+                frontend: self.name.clone(),
+                now: status,
+                events: core.backends.get(&id).map(|beside| beside.journal.iter().cloned().collect()).unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    pub(crate) fn memory(&self, now: Moment) -> Memory {
+        let core = self.core();
+        let backends = core
+            .backends
+            .iter()
+            .filter_map(|(id, beside)| {
+                let memory = BackendMemory {
+                    up: beside.traffic.up.load(Relaxed),
+                    down: beside.traffic.down.load(Relaxed),
+                    resets: beside.traffic.resets.load(Relaxed),
+                    journal: beside.journal.clone(),
+                };
+                Some((core.pool.name_of(*id)?, memory))
+            })
+            .collect();
+        let counters = [&self.accepted, &self.failed, &self.retries, &self.local_errors].map(|counter| counter.load(Relaxed));
+        Memory { pool: core.pool.snapshot(now), counters, backends }
+    }
+
+    /// Takes over what an earlier process of this boot left behind.
+    pub(crate) fn remember(&self, memory: Memory, now: Moment) {
+        let mut core = self.core();
+        core.pool.restore(&memory.pool, now);
+        let counters = [&self.accepted, &self.failed, &self.retries, &self.local_errors];
+        for (counter, value) in counters.into_iter().zip(memory.counters) {
+            counter.store(value, Relaxed);
+        }
+        for (id, status) in core.statuses(now) {
+            let name = core.pool.name_of(id).unwrap_or(status.backend);
+            if let Some(memory) = memory.backends.get(&name) {
+                let beside = core.backends.entry(id).or_insert_with(Beside::new);
+                beside.traffic.up.store(memory.up, Relaxed);
+                beside.traffic.down.store(memory.down, Relaxed);
+                beside.traffic.resets.store(memory.resets, Relaxed);
+                beside.journal = memory.journal.clone();
+            }
+        }
+    }
+}
+
+impl Core {
+    /// Status of each backend in the order of the configuration, traffic included.
+    fn statuses(&self, now: Moment) -> Vec<(BackendId, BackendStatus)> {
+        let ids = self.config.backends.iter().flat_map(|at| self.pool.id_of(&at.address));
+        ids.zip(self.pool.status(now))
+            .map(|(id, mut status)| {
+                if let Some(beside) = self.backends.get(&id) {
+                    status.bytes_up_total = beside.traffic.up.load(Relaxed);
+                    status.bytes_down_total = beside.traffic.down.load(Relaxed);
+                    status.sessions_reset_total = beside.traffic.resets.load(Relaxed);
+                }
+                (id, status)
+            })
+            .collect()
+    }
+}
+
+fn plain(config: &config::Frontend) -> Vec<config::Backend> {
+    config.backends.iter().map(|at| at.value.clone()).collect()
+}

@@ -1,0 +1,293 @@
+//! One direction of a session: bytes from one socket to the other, by copying through the thread's scratch buffer
+//! until the direction proves bulky, then by splice through a pipe.
+//!
+//! Sockets are watched edge-triggered. `readable` and `writable` say what the kernel last reported; a call that finds
+//! otherwise clears them. An idle direction holds neither buffer nor pipe.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, Shutdown},
+    pipe::{PipeFlags, SpliceFlags},
+};
+
+/// The scratch buffer's size, and with it the read that proves a direction bulky.
+pub(crate) const SCRATCH: usize = 64 * 1024;
+/// Bytes a pipe is asked to hold.
+const PIPE: usize = 256 * 1024;
+/// Pipes a thread keeps for reuse.
+const POOLED: usize = 64;
+/// A splice that moves less than this ends the bulky phase: small messages are cheaper to copy.
+const SMALL: usize = 8 * 1024;
+/// Rounds one direction may take before the other sessions have their turn.
+const BUDGET: u32 = 8;
+
+/// A kernel pipe; empty whenever it is in the pool.
+#[derive(Debug)]
+pub(crate) struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    /// Bytes inside.
+    filled: usize,
+}
+
+/// What the directions of one thread share.
+pub(crate) struct Scratch {
+    buffer: Box<[u8; SCRATCH]>,
+    pipes: Vec<Pipe>,
+}
+
+impl Scratch {
+    pub(crate) fn new() -> Self {
+        Self { buffer: Box::new([0; SCRATCH]), pipes: Vec::new() }
+    }
+
+    fn take_pipe(&mut self) -> Option<Pipe> {
+        if let Some(pipe) = self.pipes.pop() {
+            return Some(pipe);
+        }
+        let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+        // Beyond the user's pipe quota the kernel refuses; the default size works too, only slower.
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE);
+        Some(Pipe { read, write, filled: 0 })
+    }
+
+    fn give_back(&mut self, pipe: Pipe) {
+        if pipe.filled == 0 && self.pipes.len() < POOLED {
+            self.pipes.push(pipe);
+        }
+    }
+}
+
+/// One direction: from the socket that is its source to the one that is its sink.
+#[derive(Debug, Default)]
+pub(crate) struct Direction {
+    /// The source has something, as far as we know.
+    pub(crate) readable: bool,
+    /// The sink takes something, as far as we know.
+    pub(crate) writable: bool,
+    /// The source's FIN has arrived, maybe behind data not yet read.
+    pub(crate) fin: bool,
+    /// Urgent data or an error has been seen: a short read then does not mean an empty socket.
+    pub(crate) wary: bool,
+    /// The source has been read to its end.
+    pub(crate) ended: bool,
+    /// The sink has been told.
+    pub(crate) told: bool,
+    bulky: bool,
+    /// Bytes read and not yet written: only while the sink does not take them.
+    rest: Option<Box<Rest>>,
+    pipe: Option<Box<Pipe>>,
+    /// Something has been written: what follows wants TCP_NODELAY.
+    written: bool,
+}
+
+#[derive(Debug)]
+struct Rest {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+/// How a turn of a direction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Waits for an event.
+    Wait,
+    /// Has more to do; let others have their turn first.
+    More,
+    /// The source has ended and everything is delivered; the sink may be told.
+    Ended,
+    /// A socket failed: the session is over.
+    Broken,
+}
+
+impl Direction {
+    /// A direction whose sink was just accepted and therefore takes something.
+    pub(crate) fn into_fresh_socket() -> Self {
+        Self { writable: true, ..Self::default() }
+    }
+
+    /// Moves what can be moved. `nodelay` = the sink has TCP_NODELAY.
+    pub(crate) fn turn(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        nodelay: &mut bool,
+        scratch: &mut Scratch,
+        moved: &mut usize,
+    ) -> Turn {
+        for _ in 0..BUDGET {
+            match self.flush(sink, nodelay, scratch) {
+                Ok(true) => {}
+                Ok(false) => return Turn::Wait,
+                Err(_) => return Turn::Broken,
+            }
+            if self.ended {
+                return Turn::Ended;
+            }
+            if !self.readable {
+                return Turn::Wait;
+            }
+            let result = if self.bulky { self.splice(source, scratch, moved) } else { self.copy(source, sink, nodelay, scratch, moved) };
+            if result.is_err() {
+                return Turn::Broken;
+            }
+        }
+        Turn::More
+    }
+
+    /// Writes what is held back; `true` when nothing is left.
+    fn flush(&mut self, sink: BorrowedFd<'_>, nodelay: &mut bool, scratch: &mut Scratch) -> Result<bool, Errno> {
+        if let Some(rest) = &mut self.rest {
+            if !self.writable {
+                return Ok(false);
+            }
+            while rest.sent < rest.bytes.len() {
+                set_nodelay(sink, nodelay);
+                match rustix::net::send(sink, &rest.bytes[rest.sent..], SendFlags::NOSIGNAL) {
+                    Ok(sent) => rest.sent += sent,
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => {
+                        self.writable = false;
+                        return Ok(false);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            self.rest = None;
+        }
+        if let Some(pipe) = &mut self.pipe {
+            while pipe.filled > 0 {
+                if !self.writable {
+                    return Ok(false);
+                }
+                let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+                match rustix::pipe::splice(&pipe.read, None, sink, None, pipe.filled, flags) {
+                    Ok(0) => return Err(Errno::PIPE),
+                    Ok(sent) => pipe.filled = pipe.filled.saturating_sub(sent),
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => {
+                        self.writable = false;
+                        return Ok(false);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            // Kept while the source goes on: the next round fills it again.
+            if (!self.readable || self.ended || !self.bulky)
+                && let Some(pipe) = self.pipe.take()
+            {
+                scratch.give_back(*pipe);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads once and writes what was read.
+    fn copy(
+        &mut self,
+        source: BorrowedFd<'_>,
+        sink: BorrowedFd<'_>,
+        nodelay: &mut bool,
+        scratch: &mut Scratch,
+        moved: &mut usize,
+    ) -> Result<(), Errno> {
+        let buffer = &mut scratch.buffer[..];
+        let read = match rustix::net::recv(source, &mut *buffer, RecvFlags::empty()) {
+            Ok((_, 0)) => {
+                self.ended = true;
+                return Ok(());
+            }
+            Ok((_, read)) => read.min(SCRATCH),
+            Err(Errno::INTR) => return Ok(()),
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        *moved += read;
+        if read < SCRATCH && !self.wary {
+            // A short read emptied the socket (epoll(7)): no need to ask again, and behind a FIN nothing can follow.
+            self.readable = false;
+            self.ended = self.fin;
+        }
+        self.bulky = read == SCRATCH;
+        // The last bytes wait for the FIN that follows in this very turn: one segment, one wake-up of the sink.
+        let flags = if self.ended { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        let mut sent = 0;
+        while sent < read && self.writable {
+            if self.written {
+                set_nodelay(sink, nodelay);
+            }
+            match rustix::net::send(sink, &buffer[sent..read], flags) {
+                Ok(n) => {
+                    sent += n;
+                    self.written = true;
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.writable = false,
+                Err(error) => return Err(error),
+            }
+        }
+        if sent < read {
+            // The sink is slower than the source: that is what bulk looks like.
+            self.bulky = true;
+            self.rest = Some(Box::new(Rest { bytes: buffer[sent..read].to_vec(), sent: 0 }));
+        }
+        Ok(())
+    }
+
+    /// Fills the pipe, which is empty here: so EAGAIN can only mean a dry socket.
+    fn splice(&mut self, source: BorrowedFd<'_>, scratch: &mut Scratch, moved: &mut usize) -> Result<(), Errno> {
+        if self.pipe.is_none() {
+            let Some(pipe) = scratch.take_pipe() else {
+                // Out of descriptors or quota: copying always works.
+                self.bulky = false;
+                return Ok(());
+            };
+            self.pipe = Some(Box::new(pipe));
+        }
+        let Some(pipe) = &mut self.pipe else { return Ok(()) };
+        // Never SPLICE_F_MORE: it acts as a cork and delays the last bytes by 200 ms.
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        match rustix::pipe::splice(source, None, pipe.write.as_fd(), None, PIPE, flags) {
+            Ok(0) => self.ended = true,
+            Ok(read) => {
+                pipe.filled = read;
+                *moved += read;
+                self.bulky = read >= SMALL;
+            }
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => self.readable = false,
+            // What cannot be spliced (urgent data among it) can be copied.
+            Err(Errno::INVAL) => self.bulky = false,
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Gives the pipe back for another session, if it is empty; one with bytes in it is closed.
+    pub(crate) fn close(&mut self, scratch: &mut Scratch) {
+        if let Some(pipe) = self.pipe.take() {
+            scratch.give_back(*pipe);
+        }
+        self.rest = None;
+    }
+}
+
+/// Nagle's algorithm delays a small write only behind unacknowledged ones, so the first write goes without this call.
+fn set_nodelay(socket: BorrowedFd<'_>, done: &mut bool) {
+    if !*done {
+        *done = true;
+        // Failing, it costs latency, not correctness.
+        let _ = rustix::net::sockopt::set_tcp_nodelay(socket, true);
+    }
+}
+
+/// Tells the sink that nothing more will come.
+pub(crate) fn finish(sink: BorrowedFd<'_>) {
+    // It fails only on a socket that is already gone, which the next event reports.
+    let _ = rustix::net::shutdown(sink, Shutdown::Write);
+}
