@@ -1,3 +1,8 @@
 //! The appliance: `edged` (supervisor and workers) and `edgectl`.
 
 pub mod api;
+pub mod config;
+pub mod control;
+pub mod metrics;
+pub mod store;
+pub mod web;
