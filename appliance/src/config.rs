@@ -19,6 +19,7 @@ use lb::config::At;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::load::nearest;
 pub use self::{
     diff::{Change, ChangeKind, changes, unified},
     load::{Faulty, Loaded, Secrets, load},

@@ -6,3 +6,6 @@ pub mod control;
 pub mod metrics;
 pub mod store;
 pub mod web;
+pub mod cli;
+pub mod client;
+pub mod doctor;

@@ -1,6 +1,6 @@
 //! What two configurations differ in: line by line, and by meaning.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use similar::TextDiff;
@@ -74,7 +74,6 @@ pub fn changes(before: &str, after: &str) -> Vec<Change> {
             live,
         });
     }
-    found.sort_by(|a, b| a.what.cmp(&b.what));
     found
 }
 

@@ -269,7 +269,7 @@ impl Found<'_> {
                     number == Ok(VERSION),
                 )
             }
-            other => (format!("a {}", other.type_str()), false),
+            _ => (self.shown.get(span.clone()).unwrap_or_default().to_owned(), false),
         };
         if !known {
             let help = "write version = 1; for a file of a later release, install that release";
@@ -518,7 +518,7 @@ fn other(message: &str, value: &str) -> (String, String) {
     {
         let got = got.split_whitespace().next().unwrap_or(got);
         let (kind, help) = match wanted {
-            "a string" | "path string" | "string or map" | "socket address" => ("a string", "put it in quotes"),
+            "a string" | "path string" | "socket address" => ("text", "put it in quotes"),
             "a boolean" => ("true or false", "write it without quotes"),
             "a sequence" => ("a list", "write it in brackets: [\"...\"]"),
             w if w.starts_with(['u', 'i']) && w[1..].bytes().all(|b| b.is_ascii_digit()) => {
@@ -527,15 +527,15 @@ fn other(message: &str, value: &str) -> (String, String) {
             w if w.starts_with("struct ") => ("a table", "write { key = value }, or a [section] of its own"),
             w => (w, ""),
         };
-        return (
-            format!(
-                "this is a {}, where {kind} is needed",
-                got.replace("floating", "decimal number")
-                    .replace("map", "table")
-                    .replace("sequence", "list")
-            ),
-            help.into(),
-        );
+        let got = match got {
+            "integer" => "a whole number",
+            "floating" => "a decimal number",
+            "map" => "a table",
+            "sequence" => "a list",
+            "boolean" => "true or false",
+            _ => "text",
+        };
+        return (format!("this is {got}, where {kind} is needed"), help.into());
     }
     if let Some((got, wanted)) = message
         .strip_prefix("invalid value: ")
@@ -597,7 +597,10 @@ fn syntax_help(text: &str, span: &Range<usize>, message: &str) -> String {
     if line.contains(':') && !line.contains('=') {
         return "this file is TOML, not YAML: write key = value, and sections as [name]".into();
     }
-    if rest.is_empty() || message.contains("unclosed") {
+    if message.contains(" string, expected") {
+        return "a quote is opened and not closed: text ends with the quote it began with, on the same line".into();
+    }
+    if rest.trim().is_empty() || message.contains("unclosed") {
         "something opened before is not closed: a quote, a bracket or a brace".into()
     } else {
         String::new()
@@ -707,18 +710,21 @@ fn holds(value: &DeValue<'_>, span: &Range<usize>) -> bool {
 }
 
 /// Takes the key or value at `span` out of the table and returns the key's name; `None` if there is none.
+///
+/// The innermost goes: an array of tables has the span of its first element.
 fn take(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<String> {
+    let inner = table.iter_mut().find_map(|(key, value)| {
+        take_value(value.get_mut(), span).map(|name| name.unwrap_or_else(|| key.get_ref().to_string()))
+    });
+    if inner.is_some() {
+        return inner;
+    }
     let at = table
         .iter()
-        .find(|(key, value)| key.span() == *span || value.span() == *span)
-        .map(|(key, _)| key.clone());
-    if let Some(key) = at {
-        table.remove(&key);
-        return Some(key.into_inner().into_owned());
-    }
-    table.iter_mut().find_map(|(key, value)| {
-        take_value(value.get_mut(), span).map(|name| name.unwrap_or_else(|| key.get_ref().to_string()))
-    })
+        .find(|(key, value)| key.span() == *span || value.span() == *span);
+    let key = at.map(|(key, _)| key.clone())?;
+    table.remove(&key);
+    Some(key.into_inner().into_owned())
 }
 
 /// As [`take`]; `Some(None)` if the value was an element of an array.
@@ -726,15 +732,16 @@ fn take_value(value: &mut DeValue<'_>, span: &Range<usize>) -> Option<Option<Str
     match value {
         DeValue::Table(table) => take(table, span).map(Some),
         DeValue::Array(array) => {
-            if let Some(index) = array.iter().position(|value| value.span() == *span) {
-                let kept = std::mem::replace(array, DeArray::new()).into_iter().enumerate();
-                *array = kept
-                    .filter(|(at, _)| *at != index)
-                    .map(|(_, value)| value)
-                    .collect::<DeArray<'_>>();
-                return Some(None);
+            if let Some(name) = array.iter_mut().find_map(|value| take_value(value.get_mut(), span)) {
+                return Some(name);
             }
-            array.iter_mut().find_map(|value| take_value(value.get_mut(), span))
+            let index = array.iter().position(|value| value.span() == *span)?;
+            let kept = std::mem::replace(array, DeArray::new()).into_iter().enumerate();
+            *array = kept
+                .filter(|(at, _)| *at != index)
+                .map(|(_, value)| value)
+                .collect::<DeArray<'_>>();
+            Some(None)
         }
         _ => None,
     }
