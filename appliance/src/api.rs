@@ -66,9 +66,8 @@ pub enum Ask {
     Metrics,
 }
 
-/// What an [`Ask`] gets.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "answer")]
+/// What an [`Ask`] gets. It goes over the socket as the value inside, not as this enum: each route has one type.
+#[derive(Clone, Debug)]
 pub enum Answer {
     /// To [`Ask::Status`].
     Status(Box<Status>),

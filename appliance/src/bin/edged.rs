@@ -1,2 +1,50 @@
-//! edged
-fn main() {}
+//! `edged`: the supervisor, or with an internal first argument one of its workers.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use appliance::{config, log, notify, supervisor, worker};
+use clap::Parser;
+
+/// The edge appliance's daemon. It is operated with edgectl.
+#[derive(Debug, Parser)]
+#[command(name = "edged", version)]
+struct Arguments {
+    /// The configuration file
+    #[arg(long, value_name = "FILE", default_value = config::DEFAULT_FILE)]
+    config: PathBuf,
+    /// Where confirmed configurations and drains are kept [default: $STATE_DIRECTORY, or /var/lib/edged]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// Check the configuration file and end: 0 = good, 2 = at fault
+    #[arg(long)]
+    check: bool,
+}
+
+fn main() -> ExitCode {
+    // First of all, while nothing is open but what was inherited.
+    let environment = notify::environment();
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == worker::ARGUMENT) {
+        return worker::main(arguments.next().as_deref().and_then(|role| role.to_str()));
+    }
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()) * 2);
+        }
+    };
+    let state = arguments.state.or_else(state_directory).unwrap_or_else(|| "/var/lib/edged".into());
+    let options = supervisor::Options { config: arguments.config, state };
+    if arguments.check {
+        return supervisor::check(&options);
+    }
+    log::start("edged", &config::Log::default());
+    supervisor::main(options, environment)
+}
+
+/// The first of what a unit's StateDirectory= made.
+fn state_directory() -> Option<PathBuf> {
+    let directories = std::env::var("STATE_DIRECTORY").ok()?;
+    directories.split(':').next().filter(|directory| !directory.is_empty()).map(PathBuf::from)
+}

@@ -1,0 +1,353 @@
+//! `edgectl`: its commands and what they print.
+//!
+//! ```text
+//! arguments -> Client (control socket) or config::load (a file) -> text for people | JSON for machines -> exit code
+//! ```
+//! Every command prints one JSON object with `schema_version` under `--output json`, its errors included.
+
+mod config;
+mod lb;
+pub(crate) mod out;
+mod status;
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use serde_json::json;
+
+use self::out::{Ink, Out};
+use crate::{
+    api::SCHEMA_VERSION,
+    client::{Client, ClientError},
+    config::{DEFAULT_FILE, DEFAULT_SOCKET},
+    doctor,
+};
+
+const AFTER: &str = "\
+Exit codes:
+  0  done, or nothing wrong
+  1  could not: edged is away, refused, or something is wrong with it
+  2  bad input: a faulty file, an unknown backend, a wrong argument
+  config diff: 0 the same, 2 different, 1 could not tell
+
+Examples:
+  edgectl status --watch
+  edgectl lb why '[fd00::11]:6443'
+  edgectl config check edged.toml && sudo edgectl config apply edged.toml --confirm 60s
+  edgectl doctor
+
+Environment:
+  EDGECTL_SOCKET  the control socket, unless --socket names one
+  NO_COLOR        no colours, even on a terminal";
+
+/// Looks after edged, the edge appliance: status, configuration, load balancer, diagnosis
+#[derive(Debug, Parser)]
+#[command(name = "edgectl", version, after_long_help = AFTER, after_help = "Exit codes: 0 done, 1 could not, 2 bad input. More, with examples: edgectl --help", max_term_width = 100)]
+struct Edgectl {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Control socket of edged [env: EDGECTL_SOCKET] [default: /run/edged/edged.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Text for people or one JSON object for machines
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people
+    Text,
+    /// For machines; has schema_version
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The appliance at a glance: configuration, workers, frontends
+    #[command(
+        after_help = "Examples:\n  edgectl status\n  edgectl status --watch\n  edgectl status -o json | jq .config.revision"
+    )]
+    Status {
+        /// Show it again every second until interrupted
+        #[arg(long, short)]
+        watch: bool,
+    },
+    /// The load balancer: backends, why one is out, drains
+    #[command(subcommand)]
+    Lb(Lb),
+    /// The configuration: check, compare, apply, go back
+    #[command(subcommand)]
+    Config(Config),
+    /// Finds what is wrong and says what to do; quiet about what is fine
+    #[command(
+        after_help = "Exit codes: 0 nothing wrong (hints may be shown), 1 problems.\n\nExamples:\n  edgectl doctor\n  sudo edgectl doctor --pre      before installation: kernel, ports, users\n  edgectl doctor -o json | jq '.findings[] | select(.level == \"problem\")'"
+    )]
+    Doctor {
+        /// Check a machine on which edged is not installed or not started yet
+        #[arg(long)]
+        pre: bool,
+        /// The configuration file
+        #[arg(long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        config: PathBuf,
+        /// The state directory
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/edged")]
+        state: PathBuf,
+    },
+    /// A completion script for a shell, on stdout
+    #[command(
+        after_help = "Example:\n  edgectl completions bash | sudo tee /etc/bash_completion.d/edgectl > /dev/null"
+    )]
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// The manual: a page for every command into DIR, or the main page on stdout
+    #[command(after_help = "Examples:\n  edgectl man | man -l -\n  sudo edgectl man /usr/local/share/man/man1")]
+    Man {
+        /// An existing directory
+        dir: Option<PathBuf>,
+    },
+    /// Versions of edgectl and of the running edged
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+enum Lb {
+    /// Every frontend and backend: state, reason, sessions, traffic
+    #[command(
+        after_help = "Examples:\n  edgectl lb show\n  edgectl lb show -o json | jq '.frontends[].backends[] | select(.state != \"healthy\")'"
+    )]
+    Show,
+    /// What happened to a backend, and on which facts its state rests
+    #[command(after_help = "Examples:\n  edgectl lb why '[fd00::11]:6443'\n  edgectl lb why api/cp1.fleet:6443")]
+    Why {
+        /// HOST:PORT as configured, or FRONTEND/HOST:PORT
+        backend: String,
+    },
+    /// No new connections for a backend; running ones stay. Outlives restarts
+    #[command(
+        after_help = "Examples:\n  edgectl lb drain '[fd00::11]:6443'       in every frontend that has it\n  edgectl lb drain api/[fd00::11]:6443     in one frontend"
+    )]
+    Drain {
+        /// HOST:PORT as configured, or FRONTEND/HOST:PORT
+        backend: String,
+    },
+    /// Takes a drain back
+    #[command(after_help = "Example:\n  edgectl lb undrain '[fd00::11]:6443'")]
+    Undrain {
+        /// HOST:PORT as configured, or FRONTEND/HOST:PORT
+        backend: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Config {
+    /// Checks a file and the files it refers to, with the code that edged runs
+    #[command(
+        after_help = "Exit codes: 0 good (warnings are shown), 2 faulty.\n\nExamples:\n  edgectl config check\n  edgectl config check edged.toml\n  edgectl config check - < edged.toml"
+    )]
+    Check {
+        /// The file; - for stdin
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+    },
+    /// The JSON Schema of the file (draft 2020-12), for editors
+    #[command(after_help = "Example:\n  edgectl config schema > edged.schema.json")]
+    Schema,
+    /// How a file differs from what runs: line by line and by meaning
+    #[command(
+        after_help = "Exit codes: 0 the same, 2 different, 1 could not tell.\n\nExample:\n  edgectl config diff edged.toml"
+    )]
+    Diff {
+        /// The file; - for stdin
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+    },
+    /// Puts a file into effect; a faulty one changes nothing
+    #[command(
+        after_help = "With --confirm the change is taken back by itself unless `edgectl config confirm` comes in time: safe where\na mistake would lock you out.\n\nExamples:\n  sudo edgectl config apply\n  sudo edgectl config apply edged.toml --confirm 60s && sudo edgectl config confirm"
+    )]
+    Apply {
+        /// The file; - for stdin
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+        /// Take the change back after this time unless it is confirmed
+        #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
+        confirm: Option<u64>,
+    },
+    /// Keeps what was applied with --confirm
+    Confirm,
+    /// Confirmed configurations, newest first
+    History,
+    /// Applies an earlier configuration of the history
+    #[command(
+        after_help = "Examples:\n  sudo edgectl config rollback        the one before the running one\n  sudo edgectl config rollback 7"
+    )]
+    Rollback {
+        /// Its revision
+        revision: Option<u64>,
+    },
+    /// The running configuration
+    #[command(after_help = "Example:\n  edgectl config show > edged.toml")]
+    Show,
+}
+
+/// Why a command ended without its result.
+#[derive(Debug)]
+pub(crate) struct Fail {
+    code: u8,
+    message: String,
+}
+
+impl Fail {
+    /// Exit 1: could not.
+    pub(crate) fn could_not(message: impl Into<String>) -> Self {
+        Self {
+            code: 1,
+            message: message.into(),
+        }
+    }
+
+    /// Exit 2: bad input.
+    pub(crate) fn bad_input(message: impl Into<String>) -> Self {
+        Self {
+            code: 2,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<ClientError> for Fail {
+    fn from(error: ClientError) -> Self {
+        let bad_input = matches!(&error, ClientError::Refused(refusal) if refusal.bad_request);
+        if bad_input {
+            Self::bad_input(error.to_string())
+        } else {
+            Self::could_not(error.to_string())
+        }
+    }
+}
+
+/// Runs `edgectl` with the process's arguments.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let parsed = match Edgectl::try_parse_from(&arguments) {
+        Ok(parsed) => parsed,
+        Err(error) if error.use_stderr() && wants_json(&arguments) => {
+            let out = Out::new(true);
+            return fail(out, &Fail::bad_input(error.to_string().trim_end()));
+        }
+        Err(error) => error.exit(),
+    };
+    let out = Out::new(parsed.global.output == Output::Json);
+    // One thread: it starts faster, and there is nothing to do at the same time.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(out, &Fail::could_not(format!("no event loop: {error}"))),
+    };
+    let socket = parsed.global.socket.or_else(|| {
+        std::env::var_os("EDGECTL_SOCKET")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+    });
+    let client = Client::new(socket.unwrap_or_else(|| DEFAULT_SOCKET.into()));
+    match runtime.block_on(run(parsed.command, &client, out)) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => fail(out, &error),
+    }
+}
+
+async fn run(command: Command, client: &Client, out: Out) -> Result<u8, Fail> {
+    match command {
+        Command::Status { watch } => status::show(client, out, watch).await,
+        Command::Lb(command) => match command {
+            Lb::Show => lb::show(client, out).await,
+            Lb::Why { backend } => lb::why(client, out, backend).await,
+            Lb::Drain { backend } => lb::drain(client, out, backend, true).await,
+            Lb::Undrain { backend } => lb::drain(client, out, backend, false).await,
+        },
+        Command::Config(command) => match command {
+            Config::Check { file } => config::check(out, &file),
+            Config::Schema => {
+                // The schema is a document of its own standard: no schema_version of ours in it.
+                out.print_json(&crate::config::schema());
+                Ok(0)
+            }
+            Config::Diff { file } => config::diff(client, out, &file).await,
+            Config::Apply { file, confirm } => config::apply(client, out, &file, confirm).await,
+            Config::Confirm => config::confirm(client, out).await,
+            Config::History => config::history(client, out).await,
+            Config::Rollback { revision } => config::rollback(client, out, revision).await,
+            Config::Show => config::show(client, out).await,
+        },
+        Command::Doctor { pre, config, state } => {
+            doctor::run(client, out, &doctor::Options { pre, config, state }).await
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Edgectl::command(), "edgectl", &mut script);
+            out.print(&String::from_utf8_lossy(&script));
+            Ok(0)
+        }
+        Command::Man { dir } => man(out, dir),
+        Command::Version => status::version(client, out).await,
+    }
+}
+
+fn man(out: Out, dir: Option<PathBuf>) -> Result<u8, Fail> {
+    let Some(dir) = dir else {
+        let mut page = Vec::new();
+        clap_mangen::Man::new(Edgectl::command())
+            .render(&mut page)
+            .map_err(|error| Fail::could_not(error.to_string()))?;
+        out.print(&String::from_utf8_lossy(&page));
+        return Ok(0);
+    };
+    if !dir.is_dir() {
+        return Err(Fail::bad_input(format!(
+            "{} is no directory, so no page was written; mkdir -p {0}",
+            dir.display()
+        )));
+    }
+    clap_mangen::generate_to(Edgectl::command(), &dir)
+        .map_err(|error| Fail::could_not(format!("the pages cannot be written to {}: {error}", dir.display())))?;
+    Ok(0)
+}
+
+fn fail(out: Out, fail: &Fail) -> ExitCode {
+    if out.json {
+        out.print_json(&json!({ "schema_version": SCHEMA_VERSION, "error": { "message": fail.message, "bad_request": fail.code == 2 } }));
+    } else {
+        let colour = out.colour && std::io::IsTerminal::is_terminal(&std::io::stderr());
+        let out = Out { colour, ..out };
+        eprintln!("{} {}", out.ink(Ink::Bad, "edgectl:"), out.report(&fail.message));
+    }
+    ExitCode::from(fail.code)
+}
+
+/// For errors in the arguments themselves, which leave nothing parsed.
+fn wants_json(arguments: &[OsString]) -> bool {
+    let text: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
+    text.iter()
+        .any(|argument| matches!(argument.as_ref(), "--output=json" | "-ojson" | "-o=json"))
+        || text
+            .windows(2)
+            .any(|pair| matches!(pair[0].as_ref(), "-o" | "--output") && pair[1] == "json")
+}
+
+/// A time of whole seconds: `60s`, `5m`.
+fn whole_seconds(text: &str) -> Result<u64, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if (5..=86_400).contains(&duration.as_secs()) => Ok(duration.as_secs()),
+        Ok(_) => Err("write 5s to 24h".into()),
+        Err(_) => Err("write a number and a unit, such as 60s or 5m".into()),
+    }
+}

@@ -1,0 +1,232 @@
+//! `edgectl status` and `edgectl version`.
+
+use std::time::Duration;
+
+use lb::status::{FrontendStatus, State};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{
+    Fail,
+    out::{Cell, Ink, Out, Table, clean, count, duration},
+};
+use crate::{
+    api::{SCHEMA_VERSION, Status},
+    client::{Client, ClientError},
+};
+
+const WATCH: Duration = Duration::from_secs(1);
+
+pub(super) async fn show(client: &Client, out: Out, watch: bool) -> Result<u8, Fail> {
+    loop {
+        let answer = client.get("/v1/status").await;
+        if !watch {
+            let value = answer?;
+            let status: Status = typed(&value)?;
+            if out.json {
+                out.print_json(&value)
+            } else {
+                out.print(&render(&status, out))
+            }
+            return Ok(0);
+        }
+        // While watching, edged may come and go; what cannot be asked now may be there in a second.
+        let text = match answer
+            .map_err(Fail::from)
+            .and_then(|value| typed::<Status>(&value).map(|status| (value, status)))
+        {
+            Ok((value, _)) if out.json => value.to_string(),
+            Ok((_, status)) => render(&status, out),
+            Err(fail) if out.json => {
+                json!({ "schema_version": SCHEMA_VERSION, "error": { "message": fail.message } }).to_string()
+            }
+            Err(fail) => fail.message,
+        };
+        // Home, then erase what is left: without the flicker of a cleared screen.
+        let text = if out.colour {
+            format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n"))
+        } else {
+            text
+        };
+        out.print(&text);
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+pub(super) async fn version(client: &Client, out: Out) -> Result<u8, Fail> {
+    let own = env!("CARGO_PKG_VERSION");
+    let running = client
+        .get("/v1/status")
+        .await
+        .map_err(Fail::from)
+        .and_then(|value| typed::<Status>(&value));
+    if out.json {
+        let edged = running.ok().map(|status| status.version);
+        out.print_json(&json!({ "schema_version": SCHEMA_VERSION, "edgectl": own, "edged": edged }));
+    } else {
+        let edged = running.map_or_else(|_| "not reachable".to_owned(), |status| clean(&status.version));
+        out.print(&format!("edgectl {own}\nedged   {edged}"));
+    }
+    Ok(0)
+}
+
+/// `value` as the type that its route answers with.
+pub(super) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Fail> {
+    T::deserialize(value).map_err(|error| ClientError::Foreign(error.to_string()).into())
+}
+
+/// What is wrong with a frontend in a few words, and how bad it is.
+pub(crate) fn health(frontend: &FrontendStatus) -> (Ink, String) {
+    let all = frontend.backends.len();
+    let healthy = frontend
+        .backends
+        .iter()
+        .filter(|backend| backend.state == State::Healthy)
+        .count();
+    let drained = frontend
+        .backends
+        .iter()
+        .filter(|backend| backend.state == State::Drained)
+        .count();
+    let drained_too = if drained > 0 {
+        format!(", {drained} drained")
+    } else {
+        String::new()
+    };
+    let ink = match healthy {
+        0 => Ink::Bad,
+        n if n + drained < all => Ink::Warn,
+        _ => Ink::Good,
+    };
+    (ink, format!("{healthy}/{all} healthy{drained_too}"))
+}
+
+fn render(status: &Status, out: Out) -> String {
+    let mut text = format!(
+        "{} {}, up {}, pid {}\n\n",
+        out.ink(Ink::Bold, "edged"),
+        clean(&status.version),
+        duration(status.uptime_seconds),
+        status.pid
+    );
+    text.push_str(&badges(status, out));
+    let mut workers = Table::new(&["WORKER", "STATE", "PID", "UP", "RESTARTS", "LAST END"]);
+    for worker in &status.workers {
+        let ink = if worker.state == "running" { Ink::Good } else { Ink::Bad };
+        workers.row([
+            Cell::new(&worker.role),
+            Cell::inked(&worker.state, ink),
+            worker.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()).into(),
+            duration(worker.uptime_seconds).into(),
+            worker.restarts.to_string().into(),
+            worker.last_end.as_deref().unwrap_or("").into(),
+        ]);
+    }
+    text.push('\n');
+    text.push_str(&workers.show(out, 0));
+    let Some(lb) = &status.lb else { return text };
+    text.push('\n');
+    if lb.frontends.is_empty() {
+        text.push_str("no frontends are configured: [[lb.frontend]] in the configuration adds one\n");
+        return text;
+    }
+    let mut frontends = Table::new(&["FRONTEND", "BACKENDS", "SESSIONS", "CONNECTIONS", "FAILED", "LISTEN"]);
+    for frontend in &lb.frontends {
+        let (ink, health) = health(frontend);
+        let listen: Vec<String> = frontend.listen.iter().map(ToString::to_string).collect();
+        frontends.row([
+            Cell::new(&frontend.name),
+            Cell::inked(health, ink),
+            count(frontend.sessions).into(),
+            count(frontend.connections_total).into(),
+            Cell::inked(
+                count(frontend.failed_total),
+                if frontend.failed_total > 0 {
+                    Ink::Warn
+                } else {
+                    Ink::Plain
+                },
+            ),
+            listen.join(" ").into(),
+        ]);
+    }
+    text.push_str(&frontends.show(out, 0));
+    text
+}
+
+/// One line each for configuration and health: a good configuration says nothing about live backends.
+fn badges(status: &Status, out: Out) -> String {
+    let config = &status.config;
+    let mut text = String::new();
+    let revision = format!("revision {}", config.revision);
+    match config.reverts_in_seconds {
+        Some(seconds) => {
+            let until = format!(
+                "taken back in {} unless confirmed: edgectl config confirm",
+                duration(seconds)
+            );
+            text.push_str(&format!(
+                "config   {}  {revision}, {until}\n",
+                out.ink(Ink::Warn, "unconfirmed")
+            ));
+        }
+        None => text.push_str(&format!(
+            "config   {}  {revision}, confirmed\n",
+            out.ink(Ink::Good, "ok")
+        )),
+    }
+    let file = clean(&config.file);
+    match config.file_differs {
+        Some(true) => text.push_str(&format!(
+            "         {}  {file} is not what runs: edgectl config diff\n",
+            out.ink(Ink::Warn, "differs")
+        )),
+        Some(false) => {}
+        None => text.push_str(&format!(
+            "         {}  whether {file} is what runs: it cannot be read\n",
+            out.ink(Ink::Warn, "unknown")
+        )),
+    }
+    if let Some(error) = &config.last_error {
+        let error = error.lines().map(clean).collect::<Vec<_>>().join("\n         ");
+        text.push_str(&format!(
+            "         {}  the last attempt to load one:\n         {error}\n",
+            out.ink(Ink::Bad, "failed")
+        ));
+    }
+    let Some(lb) = &status.lb else {
+        text.push_str(&format!(
+            "health   {}  the balancer's worker does not answer: edgectl doctor\n",
+            out.ink(Ink::Bad, "unknown")
+        ));
+        return text;
+    };
+    let of = |wanted: Ink| {
+        lb.frontends
+            .iter()
+            .filter(|frontend| health(frontend).0 == wanted)
+            .map(|frontend| clean(&frontend.name))
+            .collect::<Vec<_>>()
+    };
+    let (down, degraded) = (of(Ink::Bad), of(Ink::Warn));
+    let line = if !down.is_empty() {
+        format!(
+            "{}  no healthy backend: {}; edgectl lb show",
+            out.ink(Ink::Bad, "down"),
+            down.join(", ")
+        )
+    } else if !degraded.is_empty() {
+        format!(
+            "{}  backends are out: {}; edgectl lb show",
+            out.ink(Ink::Warn, "degraded"),
+            degraded.join(", ")
+        )
+    } else {
+        out.ink(Ink::Good, "ok")
+    };
+    text.push_str(&format!("health   {line}\n"));
+    text
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,297 @@
+//! The appliance's state in the Prometheus text format.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use lb::status::{Ejections, FrontendStatus, Histogram, State};
+
+use crate::api::Status;
+
+/// What `GET /metrics` says it answers.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// `status` in the Prometheus text format 0.0.4.
+///
+/// Label values are what the configuration names, never what a client sends, so their number is bounded by it. A
+/// backend whose name resolves to several addresses is one series in everything but its state and sessions.
+pub fn render(status: &Status) -> String {
+    let mut page = Page(String::with_capacity(16 * 1024));
+    page.family(
+        "edge_build_info",
+        "gauge",
+        "Constant 1, labelled with the version of edged.",
+    );
+    page.sample("edge_build_info", &[("version", &status.version)], 1_u64);
+    page.family("edge_uptime_seconds", "gauge", "Seconds since edged started.");
+    page.sample("edge_uptime_seconds", &[], status.uptime_seconds);
+    page.family(
+        "edge_config_revision",
+        "gauge",
+        "Revision of the configuration in effect.",
+    );
+    page.sample("edge_config_revision", &[], status.config.revision);
+    page.family(
+        "edge_config_last_reload_success",
+        "gauge",
+        "1 if the last attempt to load a configuration succeeded, else 0.",
+    );
+    page.sample(
+        "edge_config_last_reload_success",
+        &[],
+        u64::from(status.config.last_error.is_none()),
+    );
+    page.family("edge_worker_up", "gauge", "1 while the worker process runs, else 0.");
+    for worker in &status.workers {
+        page.sample(
+            "edge_worker_up",
+            &[("role", &worker.role)],
+            u64::from(worker.state == "running"),
+        );
+    }
+    page.family(
+        "edge_worker_restarts_total",
+        "counter",
+        "Times the worker was started again after it ended.",
+    );
+    for worker in &status.workers {
+        page.sample("edge_worker_restarts_total", &[("role", &worker.role)], worker.restarts);
+    }
+    if let Some(lb) = &status.lb {
+        page.balancer(&lb.frontends);
+    }
+    page.0
+}
+
+/// The counters of one backend, its addresses added up.
+#[derive(Default)]
+struct Sums {
+    connections: u64,
+    up: u64,
+    down: u64,
+    failures: u64,
+    ejections: Ejections,
+    vetoes: u64,
+    resets: u64,
+    latency: Histogram,
+}
+
+struct Page(String);
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
+        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        self.0.push_str(name);
+        for (index, (label, text)) in labels.iter().enumerate() {
+            let before = if index == 0 { '{' } else { ',' };
+            let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let _ = write!(self.0, "{before}{label}=\"{text}\"");
+        }
+        let after = if labels.is_empty() { "" } else { "}" };
+        let _ = writeln!(self.0, "{after} {value}");
+    }
+
+    fn balancer(&mut self, frontends: &[FrontendStatus]) {
+        self.states(frontends);
+        self.per_frontend(frontends);
+        let mut sums: BTreeMap<(&str, &str), Sums> = BTreeMap::new();
+        for (frontend, backend) in frontends.iter().flat_map(|f| f.backends.iter().map(move |b| (f, b))) {
+            let sum = sums.entry((&frontend.name, &backend.backend)).or_default();
+            sum.connections += backend.connections_total;
+            sum.up += backend.bytes_up_total;
+            sum.down += backend.bytes_down_total;
+            sum.failures += backend.connect_failures_total;
+            sum.ejections.refused += backend.ejections.refused;
+            sum.ejections.unreachable += backend.ejections.unreachable;
+            sum.ejections.timeout += backend.ejections.timeout;
+            sum.ejections.check += backend.ejections.check;
+            sum.vetoes += backend.vetoes_total;
+            sum.resets += backend.sessions_reset_total;
+            for (total, bucket) in sum.latency.buckets.iter_mut().zip(backend.connect_latency.buckets) {
+                *total += bucket;
+            }
+            sum.latency.sum_us += backend.connect_latency.sum_us;
+        }
+        self.per_backend(&sums);
+    }
+
+    fn states(&mut self, frontends: &[FrontendStatus]) {
+        self.family(
+            "edge_lb_backend_state",
+            "gauge",
+            "1 for the state the backend is in, 0 for the others.",
+        );
+        for (frontend, backend) in frontends.iter().flat_map(|f| f.backends.iter().map(move |b| (f, b))) {
+            let address = backend.address.map(|address| address.to_string()).unwrap_or_default();
+            let role = if backend.backup { "backup" } else { "active" };
+            for state in State::ALL {
+                let labels = [
+                    ("frontend", &*frontend.name),
+                    ("backend", &backend.backend),
+                    ("addr", &address),
+                    ("role", role),
+                    ("state", state.name()),
+                ];
+                self.sample("edge_lb_backend_state", &labels, u64::from(backend.state == state));
+            }
+        }
+        self.family(
+            "edge_lb_backend_sessions",
+            "gauge",
+            "Sessions running on the backend, connects in flight included.",
+        );
+        for (frontend, backend) in frontends.iter().flat_map(|f| f.backends.iter().map(move |b| (f, b))) {
+            let address = backend.address.map(|address| address.to_string()).unwrap_or_default();
+            self.sample(
+                "edge_lb_backend_sessions",
+                &[
+                    ("frontend", &frontend.name),
+                    ("backend", &backend.backend),
+                    ("addr", &address),
+                ],
+                backend.sessions,
+            );
+        }
+    }
+
+    fn per_frontend(&mut self, frontends: &[FrontendStatus]) {
+        self.family(
+            "edge_lb_frontend_connections_total",
+            "counter",
+            "Connections accepted by the frontend.",
+        );
+        for frontend in frontends {
+            let mode = match frontend.kind {
+                lb::config::Kind::Api => "api",
+                lb::config::Kind::Ingress => "ingress",
+                lb::config::Kind::Tcp => "tcp",
+            };
+            self.sample(
+                "edge_lb_frontend_connections_total",
+                &[("frontend", &frontend.name), ("mode", mode)],
+                frontend.connections_total,
+            );
+        }
+        let counters: [(&str, &str, fn(&FrontendStatus) -> u64); 3] = [
+            (
+                "edge_lb_retries_total",
+                "Times a connection went on to another backend.",
+                |f| f.retries_total,
+            ),
+            (
+                "edge_lb_failed_total",
+                "Connections for which no backend answered.",
+                |f| f.failed_total,
+            ),
+            (
+                "edge_lb_local_errors_total",
+                "Failures of this machine's own, which no backend is blamed for.",
+                |f| f.local_errors_total,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            for frontend in frontends {
+                self.sample(name, &[("frontend", &frontend.name)], value(frontend));
+            }
+        }
+    }
+
+    fn per_backend(&mut self, sums: &BTreeMap<(&str, &str), Sums>) {
+        let counters: [(&str, &str, fn(&Sums) -> u64); 4] = [
+            ("edge_lb_connections_total", "Sessions opened to the backend.", |s| {
+                s.connections
+            }),
+            (
+                "edge_lb_connect_failures_total",
+                "Failed connects to the backend.",
+                |s| s.failures,
+            ),
+            (
+                "edge_lb_vetoes_total",
+                "Bans and check verdicts that a proof of life prevented.",
+                |s| s.vetoes,
+            ),
+            (
+                "edge_lb_sessions_reset_total",
+                "Sessions that were reset because the backend went down.",
+                |s| s.resets,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            for ((frontend, backend), sum) in sums {
+                self.sample(name, &[("frontend", frontend), ("backend", backend)], value(sum));
+            }
+        }
+        self.family(
+            "edge_lb_bytes_total",
+            "counter",
+            "Bytes passed on: up = to the backend, down = to the client.",
+        );
+        for ((frontend, backend), sum) in sums {
+            for (dir, bytes) in [("up", sum.up), ("down", sum.down)] {
+                self.sample(
+                    "edge_lb_bytes_total",
+                    &[("frontend", frontend), ("backend", backend), ("dir", dir)],
+                    bytes,
+                );
+            }
+        }
+        self.family(
+            "edge_lb_ejections_total",
+            "counter",
+            "Times the backend was taken out, by the reason of the verdict.",
+        );
+        for ((frontend, backend), sum) in sums {
+            let Ejections {
+                refused,
+                unreachable,
+                timeout,
+                check,
+            } = sum.ejections;
+            for (reason, count) in [
+                ("refused", refused),
+                ("unreachable", unreachable),
+                ("timeout", timeout),
+                ("check", check),
+            ] {
+                self.sample(
+                    "edge_lb_ejections_total",
+                    &[("frontend", frontend), ("backend", backend), ("reason", reason)],
+                    count,
+                );
+            }
+        }
+        self.family(
+            "edge_lb_connect_duration_seconds",
+            "histogram",
+            "Time a connect to the backend took.",
+        );
+        for ((frontend, backend), sum) in sums {
+            let labels = [("frontend", *frontend), ("backend", *backend)];
+            let mut below = 0;
+            let bounds = Histogram::BOUNDS_MS
+                .iter()
+                .map(|ms| (ms / 1e3).to_string())
+                .chain(["+Inf".to_owned()]);
+            for (bound, count) in bounds.zip(sum.latency.buckets) {
+                below += count;
+                self.sample(
+                    "edge_lb_connect_duration_seconds_bucket",
+                    &[labels[0], labels[1], ("le", &bound)],
+                    below,
+                );
+            }
+            #[allow(
+                clippy::cast_precision_loss,
+                reason = "a sum above 2^53 microseconds is 285 years of connecting"
+            )]
+            let seconds = sum.latency.sum_us as f64 / 1e6;
+            self.sample("edge_lb_connect_duration_seconds_sum", &labels, seconds);
+            self.sample("edge_lb_connect_duration_seconds_count", &labels, below);
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! The supervisor: one process without any input from the network, which opens everything, starts the workers, and
+//! answers on the control socket.
+//!
+//! ```text
+//! main loop   signals, questions, watchdog; never waits for anything else
+//!   change    one configuration at a time: load -> open -> workers -> store -> in effect   (change.rs, opening.rs)
+//!   keepers   one per worker: start, talk, heartbeat, start again                            (keeper.rs)
+//!   vault     the store, on a thread of its own                                              (vault.rs)
+//! ```
+
+mod boot;
+mod change;
+mod keeper;
+mod memory;
+mod opening;
+mod socket;
+mod vault;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, oneshot},
+};
+
+use self::{
+    boot::{Booted, Failure},
+    change::{Now, Origin},
+    keeper::Keeper,
+    vault::Vault,
+};
+use crate::{
+    api::{Answer, Ask, Author, ConfigStatus, ConfigText, Op, Refusal, Status},
+    config, control, log, metrics,
+    notify::{Environment, Notify},
+    worker::Role,
+};
+
+/// How long sessions may go on when the daemon stops. Watches never end by themselves, and connections that come
+/// meanwhile wait until the next start: short is kind.
+const GRACE: Duration = Duration::from_secs(1);
+/// For the balancer to say how it is.
+const STATUS: Duration = Duration::from_secs(2);
+/// Least time between two looks at the watchdog, whatever the manager wants.
+const WATCHDOG: Duration = Duration::from_millis(10);
+
+/// How `edged` was started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Where the store and the lock are.
+    pub state: PathBuf,
+}
+
+/// Everything that the tasks of the supervisor share.
+struct House {
+    options: Options,
+    started: Instant,
+    notify: Notify,
+    vault: Arc<Vault>,
+    workers: Mutex<BTreeMap<Role, Keeper>>,
+    now: Mutex<Now>,
+    /// Held while a configuration is put into effect: one at a time.
+    change: tokio::sync::Mutex<()>,
+    /// Threads of the balancer, as they were at start.
+    threads: u16,
+    ops: mpsc::Sender<Op>,
+    state: Option<Arc<std::os::fd::OwnedFd>>,
+}
+
+/// Runs the daemon to its end.
+pub fn main(options: Options, environment: Environment) -> ExitCode {
+    end_on_panic();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("edged: it cannot start: {error}; see the limits of the unit: systemctl show edged -p LimitNOFILE");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(run(options, environment));
+    // A request to the disk that hangs must not keep the process.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            log::error_lines(&failure.message);
+            ExitCode::from(if failure.config { 2 } else { 1 })
+        }
+    }
+}
+
+/// Checks the configuration file as a start would; prints what is wrong, or that nothing is.
+pub fn check(options: &Options) -> ExitCode {
+    let origin = options.config.display().to_string();
+    let checked = std::fs::read_to_string(&options.config)
+        .map_err(|error| boot::unreadable(&options.config, &error))
+        .and_then(|text| config::load(&text, &origin).map_err(|faulty| faulty.to_string()))
+        .and_then(|loaded| Ok((loaded.check_files().map_err(|faulty| faulty.to_string())?, loaded)));
+    match checked {
+        Ok((more, loaded)) => {
+            for warning in loaded.warnings.iter().cloned().chain(more.iter().map(ToString::to_string)) {
+                eprintln!("{warning}\n");
+            }
+            println!("{origin}: good");
+            ExitCode::SUCCESS
+        }
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+async fn run(options: Options, mut environment: Environment) -> Result<(), Failure> {
+    let mut signals = Signals::new().map_err(|error| Failure::not(format!("signals cannot be received: {error}")))?;
+    let notify = Notify::new(&environment);
+    let (ops, mut asked) = mpsc::channel(64);
+    let booted = boot::boot(&options, notify, std::mem::take(&mut environment.descriptors), ops).await?;
+    let Booted { house, control, socket, lock: _lock, ready } = booted;
+    tokio::spawn(control::serve(control, house.ops.clone()));
+    let mut first = tokio::spawn(boot::finish(Arc::clone(&house), ready));
+    let mut starting = true;
+    let mut watchdog = tokio::time::interval(house.notify.watchdog().map_or(Duration::from_secs(3600), |limit| (limit / 2).max(WATCHDOG)));
+    watchdog.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            Some(op) = asked.recv() => drop(tokio::spawn(answer(Arc::clone(&house), op))),
+            _ = watchdog.tick() => if house.notify.watchdog().is_some() { house.notify.alive() },
+            _ = &mut first, if starting => starting = false,
+            why = signals.next() => match why {
+                Told::Reload => drop(tokio::spawn(Arc::clone(&house).reload_file())),
+                Told::Stop(name) => {
+                    stop(&house, name, &mut signals).await;
+                    socket::remove(&socket);
+                    return Ok(());
+                }
+            },
+        }
+    }
+}
+
+/// Ends the workers; a second signal ends them now.
+async fn stop(house: &Arc<House>, signal: &'static str, signals: &mut Signals) {
+    tracing::info!(signal, "stopping");
+    house.notify.stopping();
+    let keepers: Vec<_> = lock(&house.workers).values().cloned().collect();
+    let all = async {
+        let stops: Vec<_> = keepers.into_iter().map(|keeper| tokio::spawn(async move { keeper.stop(GRACE).await })).collect();
+        for stop in stops {
+            let _ = stop.await;
+        }
+    };
+    let mut all = std::pin::pin!(all);
+    loop {
+        tokio::select! {
+            () = all.as_mut() => break,
+            // Workers die with the supervisor.
+            why = signals.next() => if let Told::Stop(_) = why { break },
+        }
+    }
+    tracing::info!("stopped");
+}
+
+/// Does one thing that was asked, and answers.
+async fn answer(house: Arc<House>, op: Op) {
+    let Op { ask, author, reply } = op;
+    let result = house.answer(ask, &author).await;
+    // Who asked may have gone.
+    let _ = reply.send(result);
+}
+
+impl House {
+    async fn answer(self: &Arc<Self>, ask: Ask, author: &Author) -> Result<Answer, Refusal> {
+        match ask {
+            Ask::Status => Ok(Answer::Status(Box::new(self.status().await))),
+            Ask::Metrics => Ok(Answer::Metrics { text: metrics::render(&self.status().await) }),
+            Ask::Lb { request } => {
+                if matches!(request, lb::status::Request::Drain { .. } | lb::status::Request::Undrain { .. }) {
+                    tracing::info!(author = name(author), ?request, "asked for");
+                }
+                let keeper = lock(&self.workers).get(&Role::Lb).cloned();
+                let answer = match keeper {
+                    Some(keeper) => keeper.ask(request).await,
+                    None => None,
+                };
+                answer.map(|answer| Answer::Lb(Box::new(answer))).ok_or_else(|| {
+                    could_not("the balancer does not answer: its worker is being started again; try again, or see edgectl status")
+                })
+            }
+            Ask::ConfigShow => {
+                let now = lock(&self.now);
+                Ok(Answer::Config(ConfigText { revision: now.number(), text: now.loaded.text.clone() }))
+            }
+            Ask::ConfigHistory => {
+                let running = lock(&self.now).number();
+                let mut revisions = self.vault.call(|store| store.history()).await.map_err(could_not)?;
+                for revision in &mut revisions {
+                    revision.running = revision.revision == running;
+                }
+                Ok(Answer::History { revisions })
+            }
+            Ask::ConfigApply { text, origin, confirm_seconds } => {
+                let origin = Origin { author: name(author), origin };
+                self.apply(text, origin, confirm_seconds.map(Duration::from_secs)).await.map(Answer::Applied)
+            }
+            Ask::ConfigConfirm => self.confirm(&name(author)).await.map(Answer::Applied),
+            Ask::ConfigRollback { revision } => self.roll_back(revision, name(author)).await.map(Answer::Applied),
+        }
+    }
+
+    async fn status(&self) -> Status {
+        let keepers = lock(&self.workers).clone();
+        let lb = match keepers.get(&Role::Lb) {
+            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(lb::status::Request::Status)).await.ok().flatten(),
+            None => None,
+        };
+        let lb = lb.and_then(|answer| match answer {
+            lb::status::Answer::Status(status) => Some(status),
+            _ => None,
+        });
+        let file = std::fs::read_to_string(&self.options.config).ok();
+        let now = lock(&self.now);
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            config: ConfigStatus {
+                revision: now.number(),
+                reverts_in_seconds: now.reverts_in(),
+                file: self.options.config.display().to_string(),
+                file_differs: file.map(|file| file != now.loaded.text),
+                last_error: now.last_error.clone(),
+            },
+            workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
+            lb,
+        }
+    }
+}
+
+/// Who asked, for the history and the log.
+fn name(author: &Author) -> String {
+    author.user.clone().unwrap_or_else(|| format!("uid {}", author.uid))
+}
+
+fn could_not(message: impl Into<String>) -> Refusal {
+    Refusal { message: message.into(), bad_request: false }
+}
+
+fn bad_request(message: impl Into<String>) -> Refusal {
+    Refusal { message: message.into(), bad_request: true }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A panic here is a fault of ours; the manager starts the daemon again, and the sockets wait in its store. The store's
+/// thread is spared: what it was doing is refused, and everything else goes on.
+fn end_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        tracing::error!("{info}; please report this line");
+        if std::thread::current().name() != Some(vault::THREAD) {
+            std::process::abort();
+        }
+    }));
+}
+
+enum Told {
+    Reload,
+    Stop(&'static str),
+}
+
+struct Signals {
+    hup: Signal,
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            hup: signal(SignalKind::hangup())?,
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.hup.recv() => Told::Reload,
+            _ = self.term.recv() => Told::Stop("SIGTERM"),
+            _ = self.int.recv() => Told::Stop("SIGINT"),
+        }
+    }
+}
+
+/// Told when a worker runs for the first time.
+type Ready = oneshot::Receiver<()>;

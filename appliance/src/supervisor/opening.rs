@@ -1,0 +1,365 @@
+//! Opens what a configuration needs, before any worker hears of it: what cannot be had is refused here, with its line.
+
+use std::{
+    collections::BTreeMap,
+    fs::OpenOptions,
+    io::{self, Read},
+    net::SocketAddr,
+    ops::Range,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use lb::{Need, What};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    config::{self, Loaded},
+    worker::{
+        Role,
+        message::{Bytes, Service},
+    },
+};
+
+/// Largest file a configuration may name: a CA bundle has 200 KiB.
+const MOST: u64 = 1 << 20;
+
+/// Listening sockets by address. Each is shared by whoever needs it and closed when the last one drops it.
+pub(super) type Sockets = BTreeMap<SocketAddr, Vec<Arc<OwnedFd>>>;
+
+/// All that a worker is started with.
+#[derive(Clone, Default, PartialEq)]
+pub(super) struct Spec {
+    /// The configuration's text.
+    pub(super) text: Arc<str>,
+    /// Data threads.
+    pub(super) threads: u16,
+    /// What it listens on.
+    pub(super) sockets: SameSockets,
+    /// Content of the files that the configuration names.
+    pub(super) files: BTreeMap<PathBuf, Bytes>,
+    /// Content of /etc/resolv.conf.
+    pub(super) resolv_conf: Bytes,
+    /// Content of /etc/hosts.
+    pub(super) hosts: Bytes,
+    /// The bearer token of the metrics page.
+    pub(super) token: Option<Bytes>,
+}
+
+/// [`Sockets`] that are equal if they are the same sockets.
+#[derive(Clone, Default)]
+pub(super) struct SameSockets(pub(super) Sockets);
+
+impl PartialEq for SameSockets {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |a: &Vec<Arc<OwnedFd>>, b: &Vec<Arc<OwnedFd>>| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b));
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(|(a, b)| a.0 == b.0 && same(a.1, b.1))
+    }
+}
+
+/// What one configuration needs, opened.
+pub(super) struct Opened {
+    /// For the balancer.
+    pub(super) lb: Spec,
+    /// For the metrics page, if there is one.
+    pub(super) web: Option<Spec>,
+}
+
+impl Opened {
+    /// For `role`, if it is to run.
+    pub(super) fn spec(&self, role: Role) -> Option<&Spec> {
+        match role {
+            Role::Lb => Some(&self.lb),
+            Role::Web => self.web.as_ref(),
+        }
+    }
+
+    /// Every socket.
+    pub(super) fn sockets(&self) -> Sockets {
+        let specs = [Some(&self.lb), self.web.as_ref()];
+        specs.into_iter().flatten().flat_map(|spec| spec.sockets.0.clone()).collect()
+    }
+}
+
+impl Spec {
+    /// As a message, and the descriptors that go with it: of the listeners that `before` does not have.
+    pub(super) fn service(&self, before: Option<&Self>) -> (Service, Vec<Arc<OwnedFd>>) {
+        let is_new = |address: &SocketAddr| before.is_none_or(|before| !before.sockets.0.contains_key(address));
+        let fresh: Vec<_> = self.sockets.0.iter().filter(|(address, _)| is_new(address)).collect();
+        let service = Service {
+            text: self.text.to_string(),
+            listeners: fresh.iter().map(|(address, copies)| (**address, u16::try_from(copies.len()).unwrap_or(u16::MAX))).collect(),
+            files: self.files.clone(),
+            resolv_conf: self.resolv_conf.clone(),
+            hosts: self.hosts.clone(),
+        };
+        (service, fresh.into_iter().flat_map(|(_, copies)| copies.clone()).collect())
+    }
+}
+
+/// Opens everything `loaded` needs; sockets in `held` are used again. `threads` is the number of data threads, which
+/// stays as it was when the daemon started.
+///
+/// # Errors
+///
+/// Every need that cannot be met, with its place and its remedy. What was opened is closed again.
+pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Opened, String> {
+    let mut lb = loaded.config.lb.clone();
+    lb.threads = None;
+    let mut faults = Vec::new();
+    let mut opening = Opening { loaded, held, opened: Sockets::new(), faults: &mut faults };
+    let mut spec = Spec { text: loaded.text.as_str().into(), threads, ..Spec::default() };
+    for need in lb::needs(&lb, threads) {
+        opening.need(&need, &mut spec);
+    }
+    spec.resolv_conf = Bytes(system_file("/etc/resolv.conf"));
+    spec.hosts = Bytes(system_file("/etc/hosts"));
+    let web = (!loaded.config.control.metrics.is_empty()).then(|| {
+        let mut spec = Spec { text: loaded.text.as_str().into(), threads: 1, ..Spec::default() };
+        for at in &loaded.config.control.metrics {
+            let what = What::Listener { address: at.value, copies: 1 };
+            opening.need(&Need { what, key: "control.metrics".into(), span: at.span.clone() }, &mut spec);
+        }
+        spec
+    });
+    let mut opened = Opened { lb: spec, web };
+    match loaded.secrets() {
+        Ok(secrets) => {
+            if let Some(web) = &mut opened.web {
+                web.token = secrets.metrics_token.map(Bytes);
+            }
+        }
+        Err(faulty) => faults.push(faulty.to_string()),
+    }
+    if faults.is_empty() { Ok(opened) } else { Err(faults.join("\n\n")) }
+}
+
+struct Opening<'a> {
+    loaded: &'a Loaded,
+    held: &'a Sockets,
+    opened: Sockets,
+    faults: &'a mut Vec<String>,
+}
+
+impl Opening<'_> {
+    fn need(&mut self, need: &Need, spec: &mut Spec) {
+        match &need.what {
+            What::Listener { address, copies } => match self.listener(*address, usize::from(*copies)) {
+                Ok(sockets) => {
+                    self.opened.insert(*address, sockets.clone());
+                    spec.sockets.0.insert(*address, sockets);
+                }
+                Err(error) => {
+                    let (message, help) = cannot_listen(*address, &error);
+                    self.fault(need.span.clone(), &message, &help);
+                }
+            },
+            What::File(path) => match read_file(path) {
+                Ok(content) => drop(spec.files.insert(path.clone(), Bytes(content))),
+                Err(error) => {
+                    let message = format!("{} cannot be read: {error}", path.display());
+                    let help = format!("edged reads it as its own user; look at: ls -l {}", path.display());
+                    self.fault(need.span.clone(), &message, &help);
+                }
+            },
+        }
+    }
+
+    fn fault(&mut self, span: Range<usize>, message: &str, help: &str) {
+        self.faults.push(config::render(&self.loaded.text, &self.loaded.origin, span, message, help));
+    }
+
+    fn listener(&self, address: SocketAddr, copies: usize) -> io::Result<Vec<Arc<OwnedFd>>> {
+        let mut sockets: Vec<_> = self.held.get(&address).cloned().unwrap_or_default();
+        // A socket that nobody accepts from would swallow its share of the connections.
+        sockets.truncate(copies);
+        // SO_REUSEPORT would let us in beside another process of our user, so first without it; unless the other one
+        // is us.
+        let ours = self.held.keys().chain(self.opened.keys()).any(|other| overlap(*other, address));
+        if sockets.len() < copies && !ours {
+            probe(address)?;
+        }
+        while sockets.len() < copies {
+            sockets.push(Arc::new(lb::io::socket::listener(address)?));
+        }
+        Ok(sockets)
+    }
+}
+
+/// Whether one of two listeners would keep the other from binding.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port() && a.is_ipv4() == b.is_ipv4() && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+}
+
+/// Finds out whether another process listens on `address`.
+fn probe(address: SocketAddr) -> io::Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    // For connections of an earlier run that have not quite ended; it does not help against a listener.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())
+}
+
+/// Cause and remedy of a listener that cannot be had.
+fn cannot_listen(address: SocketAddr, error: &io::Error) -> (String, String) {
+    let port = address.port();
+    match error.kind() {
+        io::ErrorKind::AddrInUse => (
+            format!("{address} is in use by another process, so edged cannot listen there"),
+            format!("see which one: ss -Htlnp 'sport = :{port}'; then stop it, or write another address or port"),
+        ),
+        io::ErrorKind::AddrNotAvailable => (
+            format!("{} is no address of this machine, so edged cannot listen there", address.ip()),
+            "see its addresses: ip -brief address; write one of them, or [::] and 0.0.0.0 for all".into(),
+        ),
+        io::ErrorKind::PermissionDenied => (
+            format!("port {port} takes the capability CAP_NET_BIND_SERVICE, which edged does not have"),
+            "start it as its unit does: systemctl start edged; or as root; or write a port from 1024 up".into(),
+        ),
+        _ => (format!("edged cannot listen on {address}: {error}"), "see the limits of the unit: systemctl show edged -p LimitNOFILE,IPAddressDeny".into()),
+    }
+}
+
+/// A regular file of at most [`MOST`] bytes. A pipe that nobody writes to must not stop the daemon.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut content = Vec::new();
+    file.take(MOST + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MOST {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    Ok(content)
+}
+
+/// Empty if there is none: names are then not resolved.
+fn system_file(path: &str) -> Vec<u8> {
+    read_file(Path::new(path)).unwrap_or_default()
+}
+
+/// Sorts what a service manager kept: listeners by the address they really have, the state memory by its seals.
+/// Everything else is closed.
+pub(super) fn adopt(descriptors: Vec<(String, OwnedFd)>) -> (Sockets, Option<OwnedFd>, Vec<String>) {
+    let (mut sockets, mut state, mut unknown) = (Sockets::new(), None, Vec::new());
+    for (name, descriptor) in descriptors {
+        if let Some(address) = listening_on(&descriptor) {
+            sockets.entry(address).or_default().push(Arc::new(descriptor));
+        } else if state.is_none() && super::memory::is_ours(&descriptor) {
+            state = Some(descriptor);
+        } else {
+            tracing::warn!(name, "a descriptor the service manager passed is of no use here and closed");
+            unknown.push(name);
+        }
+    }
+    (sockets, state, unknown)
+}
+
+/// Where `descriptor` listens, if it is a TCP listener that can be shared with further ones.
+fn listening_on(descriptor: &OwnedFd) -> Option<SocketAddr> {
+    use rustix::net::sockopt;
+    let socket = descriptor.as_fd();
+    let listens = sockopt::socket_type(socket).ok()? == rustix::net::SocketType::STREAM
+        && sockopt::socket_acceptconn(socket).ok()?
+        && sockopt::socket_reuseport(socket).ok()?;
+    rustix::io::ioctl_fionbio(socket, true).ok()?;
+    let address = rustix::net::getsockname(socket).ok()?;
+    SocketAddr::try_from(address).ok().filter(|_| listens)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn loaded(text: &str) -> Loaded {
+        config::load(text, "/etc/edged/edged.toml").expect("the example is good")
+    }
+
+    fn free() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").expect("bound").local_addr().expect("an address")
+    }
+
+    fn text(listen: SocketAddr) -> String {
+        format!(
+            "version = 1\n[control]\nmetrics = []\n[[lb.frontend]]\nname = \"api\"\nlisten = [\"{listen}\"]\nbackends = [\"192.0.2.1:6443\"]\n"
+        )
+    }
+
+    #[test]
+    fn a_listener_has_a_socket_per_thread_and_keeps_them() {
+        let address = free();
+        let first = open(&loaded(&text(address)), 3, &Sockets::new()).ok().expect("opened");
+        assert_eq!(first.lb.sockets.0[&address].len(), 3);
+        let again = open(&loaded(&text(address)), 3, &first.sockets()).ok().expect("opened");
+        assert!(again.lb == first.lb);
+    }
+
+    #[test]
+    fn an_address_in_use_is_refused_with_its_line() {
+        let other = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let address = other.local_addr().expect("an address");
+        let message = open(&loaded(&text(address)), 1, &Sockets::new()).err().expect("refused");
+        assert!(message.starts_with("/etc/edged/edged.toml:6:11: "), "{message}");
+        assert!(message.contains("in use by another process") && message.contains("^^^^"), "{message}");
+        assert!(message.contains(&format!("sport = :{}", address.port())), "{message}");
+    }
+
+    #[test]
+    fn another_process_that_shares_its_port_is_still_another() {
+        let address = free();
+        let _theirs = lb::io::socket::listener(address).expect("bound");
+        assert!(open(&loaded(&text(address)), 1, &Sockets::new()).is_err());
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_refused_with_its_line() {
+        let message = open(&loaded(&text("192.0.2.7:6443".parse().expect("an address"))), 1, &Sockets::new()).err().expect("refused");
+        assert!(message.contains("edged.toml:6:11: 192.0.2.7 is no address of this machine"), "{message}");
+    }
+
+    #[test]
+    fn every_fault_is_told_at_once() {
+        let text = text("192.0.2.7:6443".parse().expect("an address"))
+            + "[lb.frontend.health]\nactive = { kind = \"https\", ca_file = \"/nonexistent/ca.crt\" }\n";
+        let message = open(&loaded(&text), 1, &Sockets::new()).err().expect("refused");
+        assert!(message.contains("no address of this machine"), "{message}");
+        assert!(message.contains("edged.toml:9:40: /nonexistent/ca.crt cannot be read"), "{message}");
+    }
+
+    #[test]
+    fn a_pipe_is_no_file() {
+        let path = std::env::temp_dir().join(format!("edged-fifo-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).expect("a pipe");
+        assert!(read_file(&path).expect_err("refused").to_string().contains("regular"));
+        let _ = std::fs::remove_file(&path);
+    }
+
+    #[test]
+    fn only_listeners_and_the_state_memory_are_adopted() {
+        let address = free();
+        let listener = lb::io::socket::listener(address).expect("bound");
+        let unshared = TcpListener::bind("127.0.0.1:0").expect("bound");
+        let memory = super::super::memory::create().expect("memory");
+        let null = std::fs::File::open("/dev/null").expect("/dev/null");
+        let (sockets, state, unknown) = adopt(vec![
+            ("lb-state".into(), null.into()),
+            ("wrong name".into(), listener),
+            ("unshared".into(), unshared.into()),
+            ("x".into(), memory),
+        ]);
+        assert_eq!(sockets.into_keys().collect::<Vec<_>>(), [address]);
+        assert!(state.is_some());
+        assert_eq!(unknown, ["lb-state", "unshared"]);
+    }
+}

@@ -1,0 +1,174 @@
+//! What supervisor and worker say to each other.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use lb::{
+    io::Drain,
+    status::{Answer, Request},
+};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+/// From the supervisor.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ToWorker {
+    /// The first message.
+    Start(Box<Start>),
+    /// Another configuration; [`FromWorker::Reloaded`] answers. Descriptors: those of the listeners that are new.
+    Reload {
+        /// Names the answer.
+        id: u64,
+        /// What is to run, with only the listeners that were not passed before.
+        service: Box<Service>,
+    },
+    /// [`FromWorker::Pong`] answers, if all is well.
+    Ping {
+        /// Names the answer.
+        id: u64,
+    },
+    /// A question to the balancer; [`FromWorker::Answer`] answers.
+    Ask {
+        /// Names the answer.
+        id: u64,
+        /// What is asked.
+        request: Request,
+    },
+    /// Answers [`FromWorker::Commit`].
+    Committed {
+        /// Of the commit.
+        id: u64,
+        /// Done, or why not.
+        result: Result<(), String>,
+    },
+    /// Answers [`FromWorker::Metrics`].
+    Metrics {
+        /// Of the question.
+        id: u64,
+        /// The page, or why there is none.
+        result: Result<String, String>,
+    },
+    /// Finish within `grace_ms` and exit.
+    Stop {
+        /// Milliseconds that sessions may go on.
+        grace_ms: u64,
+    },
+}
+
+/// From a worker. The supervisor believes none of it further than the role reaches.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromWorker {
+    /// The service runs.
+    Ready,
+    /// Answers [`ToWorker::Ping`].
+    Pong {
+        /// Of the ping.
+        id: u64,
+    },
+    /// Answers [`ToWorker::Ask`].
+    Answer {
+        /// Of the question.
+        id: u64,
+        /// What the balancer says.
+        answer: Box<Answer>,
+    },
+    /// Answers [`ToWorker::Reload`].
+    Reloaded {
+        /// Of the reload.
+        id: u64,
+        /// In effect, or why not; then nothing was changed.
+        result: Result<(), String>,
+    },
+    /// A drain to be made durable; from `lb` only.
+    Commit {
+        /// Names the answer.
+        id: u64,
+        /// Which drain.
+        drain: Drain,
+        /// Set or taken back.
+        set: bool,
+    },
+    /// The metrics page is wanted; from `web` only.
+    Metrics {
+        /// Names the answer.
+        id: u64,
+    },
+}
+
+/// Everything a worker runs on. Descriptors: the state memory if `state`, then those of the listeners.
+#[derive(Serialize, Deserialize)]
+pub struct Start {
+    /// Configuration, listeners, files.
+    pub service: Service,
+    /// Data threads.
+    pub threads: u16,
+    /// Drains in effect.
+    pub drains: Vec<Drain>,
+    /// Whether the first descriptor is the state memory.
+    pub state: bool,
+    /// The bearer token of the metrics page.
+    pub token: Option<Bytes>,
+}
+
+/// What one configuration gives a worker.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Service {
+    /// The TOML text, which the worker reads with the code that checked it.
+    pub text: String,
+    /// Listeners and how many descriptors each has, in the order of the descriptors.
+    pub listeners: Vec<(SocketAddr, u16)>,
+    /// Content of the files that the configuration names.
+    pub files: BTreeMap<PathBuf, Bytes>,
+    /// Content of /etc/resolv.conf.
+    pub resolv_conf: Bytes,
+    /// Content of /etc/hosts.
+    pub hosts: Bytes,
+}
+
+/// Bytes, in JSON as hexadecimal digits: an array of numbers would be four times as long.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Bytes(pub Vec<u8>);
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0');
+        let text: String = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect();
+        serializer.serialize_str(&text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let nibble = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
+            return Err(D::Error::custom("an odd number of hexadecimal digits"));
+        };
+        let bytes = pairs.iter().map(|[high, low]| Some(nibble(*high)? << 4 | nibble(*low)?)).collect::<Option<_>>();
+        bytes.map(Self).ok_or_else(|| D::Error::custom("no hexadecimal digits"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_back_as_they_went() {
+        let bytes = Bytes((0..=255).collect());
+        let json = serde_json::to_string(&bytes).expect("json");
+        assert_eq!(json.len(), 2 + 512);
+        assert!(serde_json::from_str::<Bytes>(&json).expect("bytes") == bytes);
+        for wrong in ["\"0\"", "\"0g\"", "\"+1\"", "\"é\"", "[1]"] {
+            assert!(serde_json::from_str::<Bytes>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_message_of_junk_is_an_error() {
+        for junk in ["{}", "\"ready \"", "{\"pong\":{}}", "{\"pong\":{\"id\":-1}}", "{\"commit\":{\"id\":1,\"drain\":{},\"set\":1}}"] {
+            assert!(serde_json::from_str::<FromWorker>(junk).is_err(), "{junk}");
+        }
+        assert!(serde_json::from_str::<FromWorker>("\"ready\"").is_ok());
+    }
+}
