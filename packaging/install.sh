@@ -98,7 +98,7 @@ uninstall_all() {
   if [ -n "$purge" ]; then
     rm -rf "$root/etc/edged" "$root/var/lib/edged"
     if [ -z "$root" ]; then
-      for user in edged; do if getent passwd "$user" >/dev/null; then userdel "$user"; fi; done
+      if getent passwd edged >/dev/null; then userdel edged; fi
       for group in edged edge edge-admin; do if getent group "$group" >/dev/null; then groupdel "$group"; fi; done
     fi
   fi
