@@ -48,7 +48,7 @@ config=etc/edged/edged.toml
 bash=usr/share/bash-completion/completions/edgectl
 zsh=usr/share/zsh/vendor-completions/_edgectl
 fish=usr/share/fish/vendor_completions.d/edgectl.fish
-man=usr/share/man
+man=usr/share/man/man1
 
 # Renamed into place, so that at no moment half a file or none is there.
 put() {
@@ -56,15 +56,13 @@ put() {
   mv -f "$root/$3.edged-new" "$root/$3"
 }
 
-generated() {
-  put 0644 /dev/stdin "$1"
-}
-
 systemd_runs() {
   [ -z "$root" ] && [ -d /run/systemd/system ]
 }
 
 install_all() {
+  made=$(mktemp -d)
+  trap 'rm -rf "$made"' EXIT
   for binary in edged edgectl; do
     if [ ! -x "$from/$binary" ]; then
       echo "install.sh: there is no $from/$binary; build it with: cargo build --release --workspace --locked" >&2
@@ -75,11 +73,13 @@ install_all() {
   put 0755 "$from/edgectl" usr/bin/edgectl
   put 0644 "$here/edged.service" "$unit"
   put 0644 "$here/sysusers.d/edged.conf" "$sysusers"
-  "$from/edgectl" completions bash | generated "$bash"
-  "$from/edgectl" completions zsh | generated "$zsh"
-  "$from/edgectl" completions fish | generated "$fish"
-  mkdir -p "$root/$man/man1" "$root/$man/man8"
-  "$from/edgectl" man "$root/$man"
+  for shell in bash zsh fish; do "$from/edgectl" completions "$shell" >"$made/$shell"; done
+  put 0644 "$made/bash" "$bash"
+  put 0644 "$made/zsh" "$zsh"
+  put 0644 "$made/fish" "$fish"
+  mkdir "$made/man"
+  "$from/edgectl" man "$made/man"
+  for page in "$made"/man/*; do put 0644 "$page" "$man/$(basename "$page")"; done
   if [ ! -e "$root/$config" ]; then put 0644 "$here/edged.toml" "$config"; fi
   if [ -z "$root" ]; then systemd-sysusers "/$sysusers"; fi
   if ! systemd_runs; then return; fi
@@ -92,9 +92,11 @@ install_all() {
 }
 
 uninstall_all() {
+  made=$(mktemp -d)
+  trap 'rm -rf "$made"' EXIT
   if systemd_runs && [ -e "/$unit" ]; then systemctl --quiet disable --now edged; fi
   rm -f "$root/usr/bin/edged" "$root/usr/bin/edgectl" "$root/$unit" "$root/$bash" "$root/$zsh" "$root/$fish"
-  rm -f "$root/$man/man8/edged.8" "$root/$man/man1/edgectl.1" "$root/$man"/man1/edgectl-*.1
+  rm -f "$root/$man/edgectl.1" "$root/$man"/edgectl-*.1
   if [ -n "$purge" ]; then
     rm -rf "$root/etc/edged" "$root/var/lib/edged"
     if [ -z "$root" ]; then

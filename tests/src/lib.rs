@@ -6,7 +6,7 @@
 //!    client   edge    cp1     cp2      nodes: one namespace, one eth0, fd00::N/64 and 10.0.0.N/24
 //!     load    edged   etcd    etcd     processes and threads in it
 //! ```
-//! - [`lab`]: namespaces, links, addresses; all of it gone when the [`Lab`] is dropped.
+//! - [`lab`]: namespaces, links, addresses; all of it gone when the [`Lab`] is dropped. [`world`]: the usual nodes.
 //! - [`process`]: processes in a namespace, with their logs.
 //! - [`edge`]: `edged` and `edgectl` as a user has them.
 //! - [`backend`]: servers that follow a script; [`load`]: clients that count what happens to them.
@@ -25,7 +25,9 @@ pub mod lab;
 pub mod load;
 pub mod netns;
 pub mod process;
+pub mod systemd_node;
 pub mod tls;
+pub mod world;
 
 use std::{
     thread,
@@ -37,6 +39,7 @@ use anyhow::{Result, bail};
 pub use edge::Edge;
 pub use lab::{Lab, Node};
 pub use process::Process;
+pub use world::World;
 
 /// Waits until `condition` holds, and says how long that took.
 ///
