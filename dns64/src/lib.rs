@@ -1,1 +1,7 @@
-//! Placeholder header; see README.md.
+//! DNS64 and NAT64: the two users of one IPv6 prefix, so that a machine with IPv6 only reaches one with IPv4 only.
+//!
+//! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
+
+pub mod prefix;
+
+pub use prefix::{Pref64, PrefixError};

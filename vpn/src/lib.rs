@@ -1,1 +1,5 @@
-//! Placeholder header; see README.md.
+//! The private side of the edge: the WireGuard network of admins and nodes, and who may reach what in it.
+//!
+//! [`plan`] says which node has which address.
+
+pub mod plan;

@@ -1,0 +1,65 @@
+//! Benchmarks of the appliance beside its peers, in one run on one machine.
+//!
+//! ```text
+//! bench lb -> sandbox (own network, processes, /run) -> peers + backend + clients -> rounds -> report
+//! ```
+//! `lb/` measures the balancer; [`sandbox`], [`procs`] and [`stats`] serve any benchmark. docs/benchmarks.md has the method.
+
+mod lb;
+mod procs;
+mod sandbox;
+mod stats;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+Usage: bench lb [OPTIONS]        new connections, bulk, idle memory and system calls of edged and its peers
+
+  --rounds N       rounds; the table shows medians [default: 5]
+  --quick          one short round, to see that everything works; no figures to quote
+  --only A,B       only these metrics (connections, bulk, memory, syscalls) and peers
+                   (edged, haproxy-copy, haproxy-splice, nginx, direct, tokio)
+  --peer tokio     beside the others a per-core tokio copy_bidirectional proxy: what own code buys
+  --output json    JSON instead of Markdown
+
+Needs root (network namespace, strace), haproxy, nginx with its stream module, strace and iproute2;
+scripts/bench.sh installs them. EDGED_BIN_DIR is the folder of edged [default: beside bench].";
+
+fn main() -> ExitCode {
+    match dispatch() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch() -> Result<ExitCode> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let Some((command, rest)) = args.split_first() else {
+        bail!("nothing to do\n\n{USAGE}")
+    };
+    match command.as_str() {
+        "lb" => {
+            // Looked at here too, so that a typing error shows before anything starts.
+            lb::Options::parse(rest)?.check_tools()?;
+            sandbox::enter("lb-inside", rest)
+        }
+        "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        // Below: what bench starts itself as.
+        "lb-inside" => {
+            sandbox::furnish()?;
+            lb::run(&lb::Options::parse(rest)?)
+        }
+        "lb-backend" => lb::backend::main(rest).map(|()| ExitCode::SUCCESS),
+        "lb-client" => lb::client::main(rest).map(|()| ExitCode::SUCCESS),
+        "lb-peer-tokio" => lb::peer_tokio::main(rest).map(|()| ExitCode::SUCCESS),
+        _ => bail!("\"{command}\" is no benchmark\n\n{USAGE}"),
+    }
+}

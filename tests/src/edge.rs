@@ -1,0 +1,383 @@
+//! `edged` on a node, and `edgectl` beside it, as a user has them.
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{Node, Process, process, wait_for, wait_until};
+
+/// A running `edged` with its configuration file, its state and its control socket.
+#[derive(Debug)]
+pub struct Edge {
+    node: Node,
+    process: Mutex<Process>,
+    config: PathBuf,
+    state: PathBuf,
+    socket: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+/// What a command said and how it ended.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// Exit status; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+    /// How long it ran.
+    pub took: Duration,
+}
+
+/// The program `name` (`edged`, `edgectl`) of this build: in the directory that `EDGED_BIN_DIR` names, else beside the
+/// directory of the running test.
+///
+/// # Errors
+///
+/// If it is not there; the message says how to build it.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let directories: Vec<PathBuf> = match std::env::var_os("EDGED_BIN_DIR") {
+        Some(directory) => vec![directory.into()],
+        // A test's executable lies in target/PROFILE/deps, a demo's in target/PROFILE.
+        None => std::env::current_exe()?.ancestors().skip(1).take(2).map(Path::to_owned).collect(),
+    };
+    let found = directories.iter().map(|directory| directory.join(name)).find(|file| file.is_file());
+    found.with_context(|| {
+        format!("{name} is not in {}; build it: cargo build --release --workspace", directories[0].display())
+    })
+}
+
+impl Edge {
+    /// Starts `edged` on `node` with `config` (TOML, to which the control socket is added) and waits until it serves.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come to serve; the message has its last words.
+    pub fn start(node: &Node, config: &str) -> Result<Self> {
+        Self::start_with(node, config, &[])
+    }
+
+    /// As [`Edge::start`], with more in the environment.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::start`].
+    pub fn start_with(node: &Node, config: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        let (file, state, socket) = (node.file("edged.toml"), node.file("state"), node.file("edged.sock"));
+        fs::create_dir_all(&state)?;
+        fs::write(&file, with_socket(config, &socket))?;
+        let environment: Vec<_> =
+            environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let process = launch(node, &file, &state, &environment)?;
+        let edge = Self { node: node.clone(), process: Mutex::new(process), config: file, state, socket, environment };
+        edge.wait_until_serving()?;
+        Ok(edge)
+    }
+
+    fn wait_until_serving(&self) -> Result<()> {
+        wait_until("edged serves", Duration::from_secs(10), || {
+            let running = self.process.lock().is_ok_and(|mut process| process.running());
+            !running || self.worker("lb").is_ok()
+        })
+        .with_context(|| process::tail(&self.log(), 20))?;
+        if self.worker("lb").is_err() {
+            bail!("edged ended at once:\n{}", process::tail(&self.log(), 20));
+        }
+        Ok(())
+    }
+
+    /// What `edged` and its workers have logged.
+    pub fn log(&self) -> String {
+        self.process.lock().expect("no panic while it is held").log()
+    }
+
+    /// The supervisor's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.lock().expect("no panic while it is held").pid()
+    }
+
+    /// Every process of the daemon: the supervisor and its descendants.
+    pub fn processes(&self) -> Vec<u32> {
+        let mut all = vec![self.pid()];
+        let mut next = 0;
+        while let Some(pid) = all.get(next) {
+            let children = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().filter_map(Result::ok);
+            let lists = children.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+            let children: Vec<u32> =
+                lists.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+            all.extend(children);
+            next += 1;
+        }
+        all
+    }
+
+    /// Memory of the whole daemon in KiB, each shared page counted once among those who share it.
+    ///
+    /// # Errors
+    ///
+    /// If a process cannot be read.
+    pub fn pss_kib(&self) -> Result<u64> {
+        self.processes()
+            .iter()
+            .map(|pid| {
+                let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+                let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+                Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?)
+            })
+            .sum()
+    }
+
+    /// Stops `edged` as a service manager does, and starts it again with the same configuration and state.
+    ///
+    /// # Errors
+    ///
+    /// If it does not stop or does not come to serve again.
+    pub fn restart(&self) -> Result<()> {
+        let mut process = self.process.lock().expect("no panic while it is held");
+        let status = process.stop(Duration::from_secs(10))?;
+        ensure!(status.success(), "edged stopped with {}", process::ending(status));
+        *process = launch(&self.node, &self.config, &self.state, &self.environment)?;
+        drop(process);
+        self.wait_until_serving()
+    }
+
+    /// Replaces the configuration file and sends SIGHUP; the file takes effect some time later.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written.
+    pub fn reload(&self, config: &str) -> Result<()> {
+        fs::write(&self.config, with_socket(config, &self.socket))?;
+        self.process.lock().expect("no panic while it is held").signal(Signal::HUP)
+    }
+
+    /// `edgectl config apply` of a file with `config`.
+    ///
+    /// # Errors
+    ///
+    /// If `edgectl` cannot be run.
+    pub fn apply(&self, config: &str) -> Result<Said> {
+        let file = self.node.fresh_file("apply.toml");
+        fs::write(&file, with_socket(config, &self.socket))?;
+        self.ctl(&["config", "apply", &file.display().to_string()])
+    }
+
+    /// `edgectl` with `arguments`.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be run.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<Said> {
+        let mut command = Command::new(program("edgectl")?);
+        command.arg("--socket").arg(&self.socket).args(arguments);
+        say(&mut command, Duration::from_secs(15))
+    }
+
+    /// `edgectl -o json` with `arguments`, its answer read.
+    ///
+    /// # Errors
+    ///
+    /// If it fails or its answer is no JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let said = self.ctl(&[&["-o", "json"], arguments].concat())?;
+        ensure!(said.code == Some(0), "edgectl {arguments:?}: {said}");
+        serde_json::from_str(&said.out).with_context(|| format!("edgectl {arguments:?}: {said}"))
+    }
+
+    /// `edgectl status`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::json`].
+    pub fn status(&self) -> Result<Value> {
+        self.json(&["status"])
+    }
+
+    /// Process id of the running worker `role`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run.
+    pub fn worker(&self, role: &str) -> Result<u32> {
+        let workers = self.workers()?;
+        let worker = workers.iter().find(|worker| worker["role"] == role && worker["state"] == "running");
+        let pid = worker.and_then(|worker| worker["pid"].as_u64()).and_then(|pid| pid.try_into().ok());
+        pid.with_context(|| format!("no worker {role} is running: {workers:?}"))
+    }
+
+    /// Every worker as `edgectl status` shows it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::json`].
+    pub fn workers(&self) -> Result<Vec<Value>> {
+        let status = self.status()?;
+        let workers = find(&status, "workers").and_then(Value::as_array);
+        workers.cloned().with_context(|| format!("no workers in {status}"))
+    }
+
+    /// Waits until the worker `role` is running as another process than `before`; returns its id.
+    ///
+    /// # Errors
+    ///
+    /// If that does not happen.
+    pub fn wait_for_new_worker(&self, role: &str, before: u32, within: Duration) -> Result<u32> {
+        wait_for(&format!("another worker {role} runs"), within, || self.worker(role).ok().filter(|pid| *pid != before))
+    }
+
+    /// A backend as `edgectl lb show` shows it, by its address.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn backend(&self, address: impl ToString) -> Result<Value> {
+        let shown = self.json(&["lb", "show"])?;
+        let wanted = address.to_string();
+        let frontends = find(&shown, "frontends").and_then(Value::as_array).context("no frontends")?;
+        let mut backends = frontends.iter().filter_map(|frontend| frontend["backends"].as_array()).flatten();
+        let found = backends.find(|backend| backend["backend"] == wanted.as_str());
+        found.cloned().with_context(|| format!("no backend {wanted} in {shown}"))
+    }
+
+    /// The state of a backend: `healthy`, `banned`, ...
+    ///
+    /// # Errors
+    ///
+    /// If there is no such backend.
+    pub fn state(&self, address: impl ToString) -> Result<String> {
+        Ok(self.backend(address)?["state"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Waits until a backend is in `state`; says how long that took.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come to it; the message has its state.
+    pub fn wait_for_state(&self, address: impl ToString, state: &str, within: Duration) -> Result<Duration> {
+        let address = address.to_string();
+        wait_until(&format!("backend {address} is {state}"), within, || {
+            self.state(&address).is_ok_and(|now| now == state)
+        })
+        .with_context(|| format!("{:#?}", self.backend(&address)))
+    }
+
+    /// The events of a backend as `edgectl lb why` tells them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::json`].
+    pub fn events(&self, address: impl ToString) -> Result<Vec<Value>> {
+        let why = self.json(&["lb", "why", &address.to_string()])?;
+        let backends = find(&why, "backends").and_then(Value::as_array).context("no backends")?;
+        Ok(backends.iter().filter_map(|backend| backend["events"].as_array()).flatten().cloned().collect())
+    }
+
+    /// The node it runs on.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Its control socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        // Asked to stop first, so that it ends its workers itself.
+        if let Ok(process) = self.process.get_mut() {
+            let _ = process.stop(Duration::from_secs(3));
+        }
+    }
+}
+
+/// `edged` with `config`, which it is expected to refuse: what it said and how it ended.
+///
+/// # Errors
+///
+/// If it cannot be run or does not end.
+pub fn refused_start(node: &Node, config: &str) -> Result<Said> {
+    let (file, state) = (node.fresh_file("refused.toml"), node.fresh_file("state"));
+    fs::create_dir_all(&state)?;
+    fs::write(&file, with_socket(config, &node.fresh_file("refused.sock")))?;
+    let mut command = node.command(program("edged")?);
+    command.arg("--config").arg(&file).arg("--state").arg(&state);
+    say(&mut command, Duration::from_secs(10))
+}
+
+fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, String)]) -> Result<Process> {
+    let mut command = node.command(program("edged")?);
+    command.arg("--config").arg(config).arg("--state").arg(state).envs(environment.iter().cloned());
+    node.spawn("edged", command)
+}
+
+/// Adds the control socket to a configuration, at its end so that no line moves.
+fn with_socket(config: &str, socket: &Path) -> String {
+    let socket = format!("[control]\nsocket = \"{}\"\n", socket.display());
+    match config.split_once("[control]\n") {
+        Some((before, after)) => format!("{before}{socket}{after}"),
+        None => format!("{config}\n{socket}"),
+    }
+}
+
+/// Runs a command to its end, which has to come within `within`.
+///
+/// # Errors
+///
+/// If it cannot be run, or was killed because it did not end.
+pub fn say(command: &mut Command, within: Duration) -> Result<Said> {
+    let begin = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{command:?}"))?;
+    let (mut out, mut err) = (child.stdout.take().expect("piped above"), child.stderr.take().expect("piped above"));
+    let read = |from: &mut dyn Read| {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    std::thread::scope(|scope| {
+        let err = scope.spawn(move || read(&mut err));
+        let out = scope.spawn(move || read(&mut out));
+        let ended = wait_for(&format!("{command:?} ends"), within, || child.try_wait().ok().flatten());
+        let took = begin.elapsed();
+        if ended.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let text = |thread: std::thread::ScopedJoinHandle<'_, String>| thread.join().unwrap_or_default();
+        let (out, err) = (text(out), text(err));
+        let status = ended.with_context(|| format!("{out}{err}"))?;
+        Ok(Said { code: status.code(), out, err, took })
+    })
+}
+
+/// The value of `key`, wherever in `value` it is.
+pub fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
+    match value {
+        Value::Object(map) => map.get(key).or_else(|| map.values().find_map(|inner| find(inner, key))),
+        Value::Array(list) => list.iter().find_map(|inner| find(inner, key)),
+        _ => None,
+    }
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let code = self.code.map_or_else(|| "a signal".to_owned(), |code| format!("exit status {code}"));
+        write!(f, "{code}\n{}{}", self.out, self.err)
+    }
+}

@@ -1,0 +1,133 @@
+//! Processes of a lab: started with their output in a file, ended by their own pid.
+
+use std::{
+    fs::{self, File},
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::wait_for;
+
+/// A running process; killed on drop.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `command` with standard output and error in `log`.
+    ///
+    /// # Errors
+    ///
+    /// If the program cannot be started or the log not be written.
+    pub fn start(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+        let out = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
+        command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = command.spawn().with_context(|| format!("starting {program} as {name}"))?;
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has written so far.
+    pub fn log(&self) -> String {
+        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// Whether it still runs.
+    pub fn running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        // Asked first: once it has been waited for, its id may be another's.
+        if !self.running() {
+            bail!("{} has ended\n{}", self.name, tail(&self.log(), 20));
+        }
+        Ok(kill_process(raw(self.child.id()), signal)?)
+    }
+
+    /// Kills it (signal 9) and waits for its end.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// If it still runs after `within`.
+    pub fn wait(&mut self, within: Duration) -> Result<ExitStatus> {
+        wait_for(&format!("{} ends", self.name), within, || self.child.try_wait().ok().flatten())
+            .with_context(|| tail(&self.log(), 20))
+    }
+
+    /// Asks it to end (SIGTERM) and waits; kills it if it does not.
+    ///
+    /// # Errors
+    ///
+    /// If it had to be killed.
+    pub fn stop(&mut self, within: Duration) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        let ended = self.wait(within);
+        if ended.is_err() {
+            self.kill();
+        }
+        ended
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            eprintln!("--- {} ({}), its last words:\n{}", self.name, self.log.display(), tail(&self.log(), 25));
+        }
+    }
+}
+
+/// Sends a signal to a process that one of ours started, such as a worker.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
+    kill_process(raw(pid), signal).with_context(|| format!("signal to {pid}"))
+}
+
+/// How a process ended, in words.
+pub fn ending(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "unknown".into(),
+    }
+}
+
+fn raw(pid: u32) -> Pid {
+    i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id is positive")
+}
+
+/// The last `lines` lines of `text`.
+pub fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}

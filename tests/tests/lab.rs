@@ -1,0 +1,125 @@
+//! The lab keeps its own promises; nothing of the appliance is in this file.
+//!
+//! ```text
+//! client (fd00::2) ── hub ── server (fd00::11)
+//! ```
+
+use std::{
+    io::ErrorKind,
+    net::TcpStream,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Result, ensure};
+use tests::{
+    Lab,
+    backend::{Backend, Script},
+    etcd::Etcd,
+    load::{Load, Session},
+    wait_until,
+};
+
+const PORT: u16 = 6443;
+const PATIENCE: Duration = Duration::from_millis(500);
+
+#[test]
+fn a_black_hole_swallows_both_ways_and_only_for_its_node() -> Result<()> {
+    let lab = Lab::new()?;
+    let (client, other, server) = (lab.node("client", 2)?, lab.node("other", 3)?, lab.node("server", 11)?);
+    let backend = Backend::start(&server, PORT, Script::Echo)?;
+    let mut session = Session::open(&client, backend.address(), PATIENCE)?;
+    let hole = client.blackhole(&[server.ip()])?;
+    let begin = Instant::now();
+    let error = Session::open(&client, backend.address(), PATIENCE).expect_err("nothing comes through");
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(begin.elapsed() >= PATIENCE);
+    assert_eq!(session.echo().expect_err("nothing comes through").kind(), ErrorKind::WouldBlock);
+    Session::open(&other, backend.address(), PATIENCE)?;
+    hole.heal();
+    Session::open(&client, backend.address(), PATIENCE)?;
+    Ok(())
+}
+
+#[test]
+fn loss_is_near_what_was_asked_for_each_way() -> Result<()> {
+    let lab = Lab::new()?;
+    let (client, server) = (lab.node("client", 2)?, lab.node("server", 11)?);
+    let backend = Backend::start(&server, PORT, Script::Echo)?;
+    let (mut sent, mut received) = (client.capture("tcp")?, server.capture("tcp")?);
+    let _loss = client.lose(30, &[server.ip()])?;
+    let load = Load::of_echoes(&client, backend.address(), 200, Duration::from_millis(800));
+    wait_until("300 clients began", Duration::from_secs(10), || backend.accepted().len() > 300)?;
+    load.stop();
+    let (sent, received) = (sent.so_far()?, received.so_far()?);
+    for (from, to) in [(client.ip(), server.ip()), (server.ip(), client.ip())] {
+        let count = |trace: &tests::capture::Trace| trace.filter(|packet| packet.from.ip() == from).packets.len() as f64;
+        let lost = if to == server.ip() { 1.0 - count(&received) / count(&sent) } else { 1.0 - count(&sent) / count(&received) };
+        assert!((0.2..0.4).contains(&lost), "{from} to {to}: {lost:.2} lost");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_capture_tells_refused_accepted_and_reset_apart() -> Result<()> {
+    let lab = Lab::new()?;
+    let (client, server) = (lab.node("client", 2)?, lab.node("server", 11)?);
+    let capture = client.capture(&format!("tcp port {PORT}"))?;
+    let before = SystemTime::now();
+    let refused = client.enter(|| TcpStream::connect(server.at(PORT))).expect_err("nobody listens");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    let backend = Backend::start(&server, PORT, Script::Echo)?;
+    let mut session = Session::open(&client, backend.address(), PATIENCE)?;
+    let open = SystemTime::now();
+    let local = session.local()?;
+    drop(backend);
+    let (_, reset) = session.cut(PATIENCE)?;
+    assert!(reset, "a killed server's clients are reset");
+    let flows = capture.stop()?.flows();
+    assert_eq!(flows.len(), 2);
+    assert!(flows[0].refused() && flows[0].opened >= before);
+    assert!(!flows[1].refused() && flows[1].client == local && flows[1].open_at(open));
+    let end = flows[1].ended.as_ref().expect("it was reset");
+    assert!(end.reset && end.by == server.at(PORT));
+    Ok(())
+}
+
+#[test]
+fn nothing_of_a_lab_remains_after_a_panic() -> Result<()> {
+    let mut seen = None;
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        let lab = Lab::new().expect("root");
+        let node = lab.node("node", 5).expect("a node");
+        let mut sleep = node.command("sleep");
+        sleep.arg("1000");
+        let process = node.spawn("sleep", sleep).expect("sleep is everywhere");
+        seen = Some((node.netns().name().to_owned(), lab.dir().to_owned(), process.pid()));
+        // Not even the process's own drop is needed.
+        std::mem::forget(process);
+        panic!("as a failed assertion does");
+    }));
+    assert!(panicked.is_err());
+    let (netns, dir, pid) = seen.expect("the lab was there");
+    assert!(!Path::new("/run/netns").join(netns).exists());
+    assert!(!dir.exists());
+    // Forgotten, it is a zombie until this test ends; it runs no more.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+    Ok(())
+}
+
+#[test]
+fn three_etcd_members_serve_and_one_may_die() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut etcd = Etcd::start(&lab, &[])?;
+    let client = lab.node("client", 2)?;
+    let leader = etcd.leader()?;
+    let victim = (leader + 1) % 3;
+    etcd.members[victim].kill();
+    let target = etcd.members[leader].node.at(tests::etcd::CLIENT_PORT);
+    let put = tests::edge::say(etcd.etcdctl(&client, target).args(["put", "a", "1"]), Duration::from_secs(10))?;
+    ensure!(put.code == Some(0), "{put}");
+    etcd.members[victim].start()?;
+    etcd.wait_until_serving(victim)
+}
