@@ -34,7 +34,14 @@ impl Share {
         let key = address.map_or(0, |address| {
             hash(octets(address.ip()).into_iter().chain(address.port().to_be_bytes()))
         });
-        Self { open: false, sessions: 0, weight, effective: weight, current: 0, key }
+        Self {
+            open: false,
+            sessions: 0,
+            weight,
+            effective: weight,
+            current: 0,
+            key,
+        }
     }
 
     /// Another weight from now on; the rotation goes on from where it is.
@@ -123,9 +130,15 @@ where
 
 fn rendezvous<B: AsRef<Share>>(backends: &[B], client: IpAddr) -> Option<usize> {
     let client = hash(octets(client));
-    let open = backends.iter().map(AsRef::as_ref).enumerate().filter(|(_, share)| share.open);
+    let open = backends
+        .iter()
+        .map(AsRef::as_ref)
+        .enumerate()
+        .filter(|(_, share)| share.open);
     let waits = open.map(|(index, share)| (index, share.wait(client), share.key));
-    waits.min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2))).map(|(index, ..)| index)
+    waits
+        .min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2)))
+        .map(|(index, ..)| index)
 }
 
 /// Draws two different ones by weight and takes the less loaded; the first drawn if they are equal.
@@ -202,7 +215,9 @@ mod tests {
     #[test]
     fn round_robin_with_weights_5_1_1_gives_the_smooth_sequence() {
         let mut shares = shares(&[5, 1, 1]);
-        let sequence: String = (0..14).map(|_| letter(pick(Balance::RoundRobin, &mut shares))).collect();
+        let sequence: String = (0..14)
+            .map(|_| letter(pick(Balance::RoundRobin, &mut shares)))
+            .collect();
         assert_eq!(sequence, "aabacaaaabacaa");
     }
 
@@ -218,14 +233,19 @@ mod tests {
         pick(Balance::RoundRobin, &mut shares);
         assert_eq!(shares[0].effective, 4);
         shares[0].weaken(3);
-        assert_eq!(shares[0].effective, 3, "weight / max_fails in whole numbers, as nginx divides");
+        assert_eq!(
+            shares[0].effective, 3,
+            "weight / max_fails in whole numbers, as nginx divides"
+        );
     }
 
     #[test]
     fn equally_loaded_backends_take_turns() {
         let mut shares = shares(&[1, 1, 1]);
         // Every session ends before the next begins: the loads are always equal.
-        let sequence: String = (0..6).map(|_| letter(pick(Balance::LeastConnections, &mut shares))).collect();
+        let sequence: String = (0..6)
+            .map(|_| letter(pick(Balance::LeastConnections, &mut shares)))
+            .collect();
         assert_eq!(sequence, "abcabc");
     }
 
@@ -262,7 +282,10 @@ mod tests {
     fn the_source_hash_honours_weights() {
         let mut shares = shares(&[3, 1]);
         let first = clients().filter(|client| of(*client, &mut shares) == 0).count();
-        assert!((700..800).contains(&first), "three quarters of 1000 clients, not {first}");
+        assert!(
+            (700..800).contains(&first),
+            "three quarters of 1000 clients, not {first}"
+        );
     }
 
     #[test]
@@ -278,11 +301,17 @@ mod tests {
     #[test]
     fn the_source_hash_never_changes_and_sees_through_mapped_addresses() {
         let mut shares = shares(&[1, 1, 1, 1, 1]);
-        let sequence: String = clients().take(12).map(|client| letter(of(client, &mut shares))).collect();
+        let sequence: String = clients()
+            .take(12)
+            .map(|client| letter(of(client, &mut shares)))
+            .collect();
         assert_eq!(sequence, GOLDEN, "clients would move at an upgrade");
         for client in ["192.0.2.1", "192.0.2.2", "192.0.2.3"] {
             let mapped = format!("::ffff:{client}").parse().expect("an address");
-            assert_eq!(of(client.parse().expect("an address"), &mut shares), of(mapped, &mut shares));
+            assert_eq!(
+                of(client.parse().expect("an address"), &mut shares),
+                of(mapped, &mut shares)
+            );
         }
     }
 
@@ -319,7 +348,12 @@ mod tests {
 
     #[test]
     fn a_closed_backend_is_never_chosen() {
-        for how in [Balance::RoundRobin, Balance::LeastConnections, Balance::Source, Balance::RandomTwo] {
+        for how in [
+            Balance::RoundRobin,
+            Balance::LeastConnections,
+            Balance::Source,
+            Balance::RandomTwo,
+        ] {
             let mut shares = shares(&[1, 9, 1]);
             shares[1].open = false;
             for client in clients() {
@@ -349,7 +383,10 @@ mod tests {
     fn shares(weights: &[u16]) -> Vec<Share> {
         let share = |(index, weight): (usize, &u16)| {
             let address = format!("[2001:db8::{index:x}]:6443").parse().expect("an address");
-            Share { open: true, ..Share::new(*weight, Some(address)) }
+            Share {
+                open: true,
+                ..Share::new(*weight, Some(address))
+            }
         };
         weights.iter().enumerate().map(share).collect()
     }

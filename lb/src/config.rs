@@ -36,7 +36,10 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for At<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = serde_spanned::Spanned::<T>::deserialize(deserializer)?;
         let span = spanned.span();
-        Ok(Self { value: spanned.into_inner(), span })
+        Ok(Self {
+            value: spanned.into_inner(),
+            span,
+        })
     }
 }
 
@@ -293,12 +296,18 @@ impl Frontend {
 
     /// Silence after which a half-closed session is reset.
     pub fn half_close_timeout(&self) -> Duration {
-        self.half_close_timeout.as_ref().map_or(Duration::from_secs(30), |at| at.0)
+        self.half_close_timeout
+            .as_ref()
+            .map_or(Duration::from_secs(30), |at| at.0)
     }
 
     /// What happens to the sessions of a backend that goes down.
     pub fn on_down(&self) -> OnDown {
-        self.on_down.unwrap_or(if self.kind == Kind::Api { OnDown::Reset } else { OnDown::Keep })
+        self.on_down.unwrap_or(if self.kind == Kind::Api {
+            OnDown::Reset
+        } else {
+            OnDown::Keep
+        })
     }
 }
 
@@ -312,7 +321,10 @@ impl Health {
         };
         Passive {
             max_fails: self.max_fails.as_ref().map_or(max_fails, |at| at.value),
-            fail_timeout: self.fail_timeout.as_ref().map_or(Duration::from_secs(seconds), |at| at.0),
+            fail_timeout: self
+                .fail_timeout
+                .as_ref()
+                .map_or(Duration::from_secs(seconds), |at| at.0),
             nginx,
         }
     }
@@ -351,7 +363,11 @@ impl Config {
             faults.listener(at, "the health endpoint", &mut listeners);
         }
         if let Some(at) = self.threads.as_ref().filter(|at| at.value == 0 || at.value > 64) {
-            faults.error(at, format!("{} data threads cannot work", at.value), "write 1 to 64, or leave the key out for one per core");
+            faults.error(
+                at,
+                format!("{} data threads cannot work", at.value),
+                "write 1 to 64, or leave the key out for one per core",
+            );
         }
         for frontend in &self.frontend {
             faults.frontend(frontend, &mut names, &mut listeners);
@@ -366,24 +382,46 @@ struct Faults(Vec<Fault>);
 
 impl Faults {
     fn error<T>(&mut self, at: &At<T>, message: impl Into<String>, help: impl Into<String>) {
-        self.0.push(Fault { span: at.span.clone(), message: message.into(), help: help.into(), warning: false });
+        self.0.push(Fault {
+            span: at.span.clone(),
+            message: message.into(),
+            help: help.into(),
+            warning: false,
+        });
     }
 
     fn warn<T>(&mut self, at: &At<T>, message: impl Into<String>, help: impl Into<String>) {
-        self.0.push(Fault { span: at.span.clone(), message: message.into(), help: help.into(), warning: true });
+        self.0.push(Fault {
+            span: at.span.clone(),
+            message: message.into(),
+            help: help.into(),
+            warning: true,
+        });
     }
 
     fn listener(&mut self, at: &At<SocketAddr>, owner: &str, seen: &mut BTreeMap<SocketAddr, String>) {
         if at.port() == 0 {
-            self.error(at, "port 0 would listen somewhere nobody knows", "write the port that clients use");
+            self.error(
+                at,
+                "port 0 would listen somewhere nobody knows",
+                "write the port that clients use",
+            );
         }
         if let SocketAddr::V6(v6) = at.value
             && let Some(v4) = v6.ip().to_ipv4_mapped()
         {
-            self.error(at, format!("{} is an IPv4 address in IPv6 clothes", at.value), format!("write {v4}:{}", v6.port()));
+            self.error(
+                at,
+                format!("{} is an IPv4 address in IPv6 clothes", at.value),
+                format!("write {v4}:{}", v6.port()),
+            );
         }
         if let Some(other) = seen.insert(at.value, owner.to_owned()) {
-            self.error(at, format!("{} is already the listener of {other}", at.value), "give each listener an address and port of its own");
+            self.error(
+                at,
+                format!("{} is already the listener of {other}", at.value),
+                "give each listener an address and port of its own",
+            );
         }
     }
 
@@ -394,20 +432,41 @@ impl Faults {
         listeners: &mut BTreeMap<SocketAddr, String>,
     ) {
         let name = &frontend.name;
-        if name.is_empty() || name.len() > 63 || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_') {
-            self.error(name, format!("\"{}\" is no frontend name", name.value.escape_debug()), "use 1 to 63 letters, digits, \"-\" or \"_\"");
+        if name.is_empty()
+            || name.len() > 63
+            || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+        {
+            self.error(
+                name,
+                format!("\"{}\" is no frontend name", name.value.escape_debug()),
+                "use 1 to 63 letters, digits, \"-\" or \"_\"",
+            );
         }
         if names.insert(name, ()).is_some() {
-            self.error(name, format!("there are two frontends named \"{}\"", name.value), "name them apart: status and commands go by the name");
+            self.error(
+                name,
+                format!("there are two frontends named \"{}\"", name.value),
+                "name them apart: status and commands go by the name",
+            );
         }
         if frontend.listen.is_empty() {
-            self.error(name, format!("frontend \"{}\" listens nowhere", name.value), "add listen = [\"[::1]:16443\", \"127.0.0.1:16443\"]");
+            self.error(
+                name,
+                format!("frontend \"{}\" listens nowhere", name.value),
+                "add listen = [\"[::1]:16443\", \"127.0.0.1:16443\"]",
+            );
         }
         for at in &frontend.listen {
             self.listener(at, &format!("frontend \"{}\"", name.value), listeners);
         }
-        self.duration(frontend.connect_timeout.as_ref(), Duration::from_millis(10)..=Duration::from_secs(60));
-        self.duration(frontend.half_close_timeout.as_ref(), Duration::from_secs(1)..=Duration::from_secs(86_400));
+        self.duration(
+            frontend.connect_timeout.as_ref(),
+            Duration::from_millis(10)..=Duration::from_secs(60),
+        );
+        self.duration(
+            frontend.half_close_timeout.as_ref(),
+            Duration::from_secs(1)..=Duration::from_secs(86_400),
+        );
         self.idle(frontend);
         self.backends(frontend);
         self.health(frontend);
@@ -415,8 +474,15 @@ impl Faults {
 
     fn duration(&mut self, at: Option<&At<Span>>, range: std::ops::RangeInclusive<Duration>) {
         if let Some(at) = at.filter(|at| !range.contains(&at.0)) {
-            let (low, high) = (humantime::format_duration(*range.start()), humantime::format_duration(*range.end()));
-            self.error(at, format!("{} is out of range", humantime::format_duration(at.0)), format!("write {low} to {high}"));
+            let (low, high) = (
+                humantime::format_duration(*range.start()),
+                humantime::format_duration(*range.end()),
+            );
+            self.error(
+                at,
+                format!("{} is out of range", humantime::format_duration(at.0)),
+                format!("write {low} to {high}"),
+            );
         }
     }
 
@@ -424,11 +490,18 @@ impl Faults {
         let Some(at) = &frontend.idle_timeout else { return };
         match at.0 {
             Some(idle) if idle < Duration::from_secs(1) => {
-                self.error(at, format!("{} cuts sessions in mid-sentence", humantime::format_duration(idle)), "write at least 1s, or \"none\"");
+                self.error(
+                    at,
+                    format!("{} cuts sessions in mid-sentence", humantime::format_duration(idle)),
+                    "write at least 1s, or \"none\"",
+                );
             }
             Some(idle) if frontend.kind == Kind::Api && idle < Duration::from_secs(600) => self.warn(
                 at,
-                format!("{} cuts quiet watches: every client then lists everything again", humantime::format_duration(idle)),
+                format!(
+                    "{} cuts quiet watches: every client then lists everything again",
+                    humantime::format_duration(idle)
+                ),
                 "write \"none\"; dead peers are found by keepalive",
             ),
             _ => {}
@@ -439,40 +512,80 @@ impl Faults {
         if frontend.backends.is_empty() {
             self.error(
                 &frontend.backends,
-                format!("frontend \"{}\" has no backends: every connection would be reset", frontend.name.value),
+                format!(
+                    "frontend \"{}\" has no backends: every connection would be reset",
+                    frontend.name.value
+                ),
                 "add backends = [\"[fd00::11]:6443\"]",
             );
         }
         let mut seen = BTreeMap::new();
         for at in &frontend.backends.value {
             if !(1..=256).contains(&at.weight) {
-                self.error(at, format!("weight {} is out of range", at.weight), "write 1 to 256; to send a backend nothing, use edgectl lb drain");
+                self.error(
+                    at,
+                    format!("weight {} is out of range", at.weight),
+                    "write 1 to 256; to send a backend nothing, use edgectl lb drain",
+                );
             }
             if at.address.port() == 0 {
                 self.error(at, "a backend needs a port other than 0", "write HOST:PORT");
             }
             if seen.insert(&at.address, ()).is_some() {
-                self.error(at, format!("backend {} is listed twice", at.address), "remove one; for a larger share use weight");
+                self.error(
+                    at,
+                    format!("backend {} is listed twice", at.address),
+                    "remove one; for a larger share use weight",
+                );
             }
             if let Address::Ip(address) = at.address
                 && frontend.listen.iter().any(|listen| listen.value == address)
             {
-                self.error(at, format!("backend {address} is this frontend's own listener: connections would go in circles"), "write the server's address");
+                self.error(
+                    at,
+                    format!("backend {address} is this frontend's own listener: connections would go in circles"),
+                    "write the server's address",
+                );
             }
         }
     }
 
     fn health(&mut self, frontend: &Frontend) {
         let health = &frontend.health;
-        self.duration(health.fail_timeout.as_ref(), Duration::from_secs(1)..=Duration::from_secs(3600));
+        self.duration(
+            health.fail_timeout.as_ref(),
+            Duration::from_secs(1)..=Duration::from_secs(3600),
+        );
         let Some(active) = &health.active else { return };
-        self.duration(active.interval.as_ref(), Duration::from_millis(100)..=Duration::from_secs(3600));
-        self.duration(active.timeout.as_ref(), Duration::from_millis(50)..=Duration::from_secs(60));
-        for at in [&active.rise, &active.fall].into_iter().flatten().filter(|at| at.value == 0 || at.value > 100) {
-            self.error(at, format!("{} checks in a row cannot decide anything", at.value), "write 1 to 100");
+        self.duration(
+            active.interval.as_ref(),
+            Duration::from_millis(100)..=Duration::from_secs(3600),
+        );
+        self.duration(
+            active.timeout.as_ref(),
+            Duration::from_millis(50)..=Duration::from_secs(60),
+        );
+        for at in [&active.rise, &active.fall]
+            .into_iter()
+            .flatten()
+            .filter(|at| at.value == 0 || at.value > 100)
+        {
+            self.error(
+                at,
+                format!("{} checks in a row cannot decide anything", at.value),
+                "write 1 to 100",
+            );
         }
-        if let Some(at) = active.path.as_ref().filter(|at| !at.starts_with('/') || at.contains(|c: char| c.is_ascii_control() || c == ' ')) {
-            self.error(at, format!("\"{}\" is no request path", at.value.escape_debug()), "write a path such as \"/readyz\"");
+        if let Some(at) = active
+            .path
+            .as_ref()
+            .filter(|at| !at.starts_with('/') || at.contains(|c: char| c.is_ascii_control() || c == ' '))
+        {
+            self.error(
+                at,
+                format!("\"{}\" is no request path", at.value.escape_debug()),
+                "write a path such as \"/readyz\"",
+            );
         }
         match active.kind {
             CheckKind::Https if active.ca_file.is_none() => self.error(
@@ -483,11 +596,19 @@ impl Faults {
             CheckKind::Tcp => {
                 for (key, at) in [("path", &active.path), ("server_name", &active.server_name)] {
                     if let Some(at) = at {
-                        self.error(at, format!("a tcp check has no {key}"), "write kind = \"https\", or remove the key");
+                        self.error(
+                            at,
+                            format!("a tcp check has no {key}"),
+                            "write kind = \"https\", or remove the key",
+                        );
                     }
                 }
                 if let Some(at) = &active.ca_file {
-                    self.error(at, "a tcp check has no ca_file", "write kind = \"https\", or remove the key");
+                    self.error(
+                        at,
+                        "a tcp check has no ca_file",
+                        "write kind = \"https\", or remove the key",
+                    );
                 }
             }
             CheckKind::Https => {}
@@ -529,11 +650,16 @@ impl FromStr for Address {
             return Ok(Self::Ip(address));
         }
         if text.parse::<IpAddr>().is_ok() {
-            return Err(format!("\"{text}\" has no port; write HOST:PORT, an IPv6 address in brackets: \"[fd00::11]:6443\""));
+            return Err(format!(
+                "\"{text}\" has no port; write HOST:PORT, an IPv6 address in brackets: \"[fd00::11]:6443\""
+            ));
         }
-        let (host, port) =
-            text.rsplit_once(':').ok_or_else(|| format!("\"{text}\" has no port; write HOST:PORT such as \"cp1.fleet:6443\""))?;
-        let port = port.parse().map_err(|_| format!("\"{port}\" is no port; write 1 to 65535 after the colon"))?;
+        let (host, port) = text
+            .rsplit_once(':')
+            .ok_or_else(|| format!("\"{text}\" has no port; write HOST:PORT such as \"cp1.fleet:6443\""))?;
+        let port = port
+            .parse()
+            .map_err(|_| format!("\"{port}\" is no port; write 1 to 65535 after the colon"))?;
         // RFC 1123 §2.1 host names; a name of digits and dots only would be a mistyped IPv4 address.
         let label = |l: &str| {
             (1..=63).contains(&l.len())
@@ -543,9 +669,14 @@ impl FromStr for Address {
         };
         let name = host.strip_suffix('.').unwrap_or(host);
         if name.len() > 253 || !name.split('.').all(label) || name.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-            return Err(format!("\"{host}\" is neither an IP address nor a host name; write \"192.0.2.11:6443\", \"[fd00::11]:6443\" or \"cp1.fleet:6443\""));
+            return Err(format!(
+                "\"{host}\" is neither an IP address nor a host name; write \"192.0.2.11:6443\", \"[fd00::11]:6443\" or \"cp1.fleet:6443\""
+            ));
         }
-        Ok(Self::Name { host: name.to_ascii_lowercase(), port })
+        Ok(Self::Name {
+            host: name.to_ascii_lowercase(),
+            port,
+        })
     }
 }
 
@@ -570,12 +701,20 @@ impl<'de> Deserialize<'de> for Backend {
                 f.write_str("\"HOST:PORT\" or { address = \"HOST:PORT\", weight = 1, backup = false }")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Backend, E> {
-                Ok(Backend { address: text.parse().map_err(E::custom)?, weight: 1, backup: false })
+                Ok(Backend {
+                    address: text.parse().map_err(E::custom)?,
+                    weight: 1,
+                    backup: false,
+                })
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Backend, A::Error> {
                 let table = Table::deserialize(de::value::MapAccessDeserializer::new(map))?;
                 let address = table.address.parse().map_err(de::Error::custom)?;
-                Ok(Backend { address, weight: table.weight, backup: table.backup })
+                Ok(Backend {
+                    address,
+                    weight: table.weight,
+                    backup: table.backup,
+                })
             }
         }
         deserializer.deserialize_any(Visitor)
@@ -609,9 +748,11 @@ impl JsonSchema for Backend {
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        humantime::parse_duration(&text)
-            .map(Self)
-            .map_err(|_| de::Error::custom(format!("\"{text}\" is no duration; write a number and a unit such as \"500ms\", \"1s\" or \"10m\"")))
+        humantime::parse_duration(&text).map(Self).map_err(|_| {
+            de::Error::custom(format!(
+                "\"{text}\" is no duration; write a number and a unit such as \"500ms\", \"1s\" or \"10m\""
+            ))
+        })
     }
 }
 
@@ -621,9 +762,13 @@ impl<'de> Deserialize<'de> for Timeout {
         if text == "none" {
             return Ok(Self(None));
         }
-        humantime::parse_duration(&text).map(|duration| Self(Some(duration))).map_err(|_| {
-            de::Error::custom(format!("\"{text}\" is no timeout; write \"none\", or a number and a unit such as \"10m\""))
-        })
+        humantime::parse_duration(&text)
+            .map(|duration| Self(Some(duration)))
+            .map_err(|_| {
+                de::Error::custom(format!(
+                    "\"{text}\" is no timeout; write \"none\", or a number and a unit such as \"10m\""
+                ))
+            })
     }
 }
 
@@ -644,9 +789,24 @@ macro_rules! string_schema {
     };
 }
 
-string_schema!(Span, "Span", "A duration such as \"500ms\", \"1s\" or \"10m\".", r"^([0-9]+ *[a-zA-Z]+ *)+$");
-string_schema!(Timeout, "Timeout", "A duration such as \"10m\", or \"none\".", r"^(none|([0-9]+ *[a-zA-Z]+ *)+)$");
-string_schema!(Cidr, "Cidr", "A network such as \"fd00::/64\" or \"192.0.2.0/24\".", r"^[0-9a-fA-F:.]+(/[0-9]+)?$");
+string_schema!(
+    Span,
+    "Span",
+    "A duration such as \"500ms\", \"1s\" or \"10m\".",
+    r"^([0-9]+ *[a-zA-Z]+ *)+$"
+);
+string_schema!(
+    Timeout,
+    "Timeout",
+    "A duration such as \"10m\", or \"none\".",
+    r"^(none|([0-9]+ *[a-zA-Z]+ *)+)$"
+);
+string_schema!(
+    Cidr,
+    "Cidr",
+    "A network such as \"fd00::/64\" or \"192.0.2.0/24\".",
+    r"^[0-9a-fA-F:.]+(/[0-9]+)?$"
+);
 
 impl Cidr {
     /// Whether `address` is inside; an IPv4-mapped address is judged as the IPv4 address it is.
@@ -695,7 +855,11 @@ mod tests {
     }
 
     fn faults(text: &str) -> Vec<(String, String)> {
-        parse(text).check().into_iter().map(|fault| (text[fault.span].to_owned(), fault.message)).collect()
+        parse(text)
+            .check()
+            .into_iter()
+            .map(|fault| (text[fault.span].to_owned(), fault.message))
+            .collect()
     }
 
     const GOOD: &str = r#"
@@ -723,15 +887,30 @@ active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3
         assert_eq!(api.idle_timeout(), None);
         assert_eq!(api.backends[1].weight, 5);
         assert!(api.backends[2].backup);
-        assert_eq!(api.backends[2].address, Address::Name { host: "cp3.fleet".into(), port: 6443 });
+        assert_eq!(
+            api.backends[2].address,
+            Address::Name {
+                host: "cp3.fleet".into(),
+                port: 6443
+            }
+        );
         assert_eq!(api.on_down(), OnDown::Reset);
-        assert_eq!(api.health.passive(), Passive { max_fails: 2, fail_timeout: Duration::from_secs(10), nginx: false });
+        assert_eq!(
+            api.health.passive(),
+            Passive {
+                max_fails: 2,
+                fail_timeout: Duration::from_secs(10),
+                nginx: false
+            }
+        );
     }
 
     #[test]
     fn explicit_keys_win_over_the_profile() {
         let of = |health: &str| {
-            let text = format!("[[frontend]]\nname='a'\nlisten=['[::1]:1']\nbackends=['[::2]:1']\n[frontend.health]\n{health}");
+            let text = format!(
+                "[[frontend]]\nname='a'\nlisten=['[::1]:1']\nbackends=['[::2]:1']\n[frontend.health]\n{health}"
+            );
             let passive = parse(&text).frontend[0].health.passive();
             (passive.max_fails, passive.fail_timeout.as_secs(), passive.nginx)
         };
@@ -752,15 +931,30 @@ active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3
             found[0].clone()
         };
         assert_eq!(one("\"127.0.0.1:16443\"", "\"[::1]:6080\"").0, "\"[::1]:6080\"");
-        assert_eq!(one("\"127.0.0.1:16443\"", "\"[::ffff:127.0.0.1]:16443\"").0, "\"[::ffff:127.0.0.1]:16443\"");
+        assert_eq!(
+            one("\"127.0.0.1:16443\"", "\"[::ffff:127.0.0.1]:16443\"").0,
+            "\"[::ffff:127.0.0.1]:16443\""
+        );
         assert!(one("name = \"api\"", "name = \"a b\"").1.contains("no frontend name"));
         assert!(one("weight = 5", "weight = 0").1.contains("weight 0"));
         assert!(one("[fd00::12]:6443", "[fd00::11]:6443").1.contains("listed twice"));
         assert!(one("[fd00::12]:6443", "[::1]:16443").1.contains("in circles"));
         assert!(one(", ca_file = \"/etc/ca.crt\"", "").1.contains("without ca_file"));
-        assert!(one("\"https\", path = \"/readyz\"", "\"https\", path = \"readyz\"").1.contains("no request path"));
-        assert!(one("idle_timeout = \"none\"", "idle_timeout = \"3s\"").1.contains("quiet watches"));
-        assert!(one("connect_timeout = \"1s\"", "connect_timeout = \"2h\"").1.contains("out of range"));
+        assert!(
+            one("\"https\", path = \"/readyz\"", "\"https\", path = \"readyz\"")
+                .1
+                .contains("no request path")
+        );
+        assert!(
+            one("idle_timeout = \"none\"", "idle_timeout = \"3s\"")
+                .1
+                .contains("quiet watches")
+        );
+        assert!(
+            one("connect_timeout = \"1s\"", "connect_timeout = \"2h\"")
+                .1
+                .contains("out of range")
+        );
     }
 
     #[test]
@@ -782,7 +976,10 @@ active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3
             (":6443", "neither an IP"),
         ] {
             let message = text.parse::<Address>().expect_err(text);
-            assert!(message.contains(reason.trim_end_matches(';')) || message.contains("is no port"), "{text}: {message}");
+            assert!(
+                message.contains(reason.trim_end_matches(';')) || message.contains("is no port"),
+                "{text}: {message}"
+            );
         }
     }
 

@@ -48,7 +48,10 @@ impl Failure {
     /// which no proof is asked for.
     fn from_text(text: &str) -> Self {
         let known = [Self::Refused, Self::Reset, Self::Unreachable, Self::Timeout];
-        known.into_iter().find(|failure| failure.text() == text).unwrap_or(Self::Unreachable)
+        known
+            .into_iter()
+            .find(|failure| failure.text() == text)
+            .unwrap_or(Self::Unreachable)
     }
 }
 
@@ -172,7 +175,11 @@ struct Ban {
 impl Record {
     /// No failures.
     pub fn new(rules: &Rules) -> Self {
-        let counter = if rules.nginx { Counter::Nginx(Fails::default()) } else { Counter::Sliding(VecDeque::new()) };
+        let counter = if rules.nginx {
+            Counter::Nginx(Fails::default())
+        } else {
+            Counter::Sliding(VecDeque::new())
+        };
         Self { counter, ban: None }
     }
 
@@ -248,7 +255,7 @@ impl Record {
     pub fn failed(&mut self, terms: &Terms, failure: Failure, alive: impl FnOnce() -> bool, now: Moment) -> Verdict {
         let standing = self.standing(terms, now);
         let most = terms.rules.max_fails;
-        let (count, tally, mut timeouts) = match &mut self.counter {
+        let (count, tally, timeouts) = match &mut self.counter {
             Counter::Sliding(_) if standing != Standing::In => (most, String::new(), failure == Failure::Timeout),
             Counter::Sliding(window) => {
                 window.retain(|fault| now - fault.at < terms.rules.fail_timeout);
@@ -258,11 +265,19 @@ impl Record {
                 window.push_back(Fault { at: now, failure });
                 let count = u32::try_from(window.len()).unwrap_or(u32::MAX);
                 let tally = format!("{count} of {most} failures within {}", text(terms.rules.fail_timeout));
-                (count, tally, window.iter().all(|fault| fault.failure == Failure::Timeout))
+                (
+                    count,
+                    tally,
+                    window.iter().all(|fault| fault.failure == Failure::Timeout),
+                )
             }
             Counter::Nginx(fails) => {
                 fails.count(failure, now);
-                (fails.fails, format!("{} of {most} failures", fails.fails), fails.timeouts)
+                (
+                    fails.fails,
+                    format!("{} of {most} failures", fails.fails),
+                    fails.timeouts,
+                )
             }
         };
         let tally = match standing {
@@ -276,14 +291,18 @@ impl Record {
                 return Verdict::AlreadyOut;
             }
         };
-        timeouts &= failure == Failure::Timeout;
         if timeouts && alive() {
             self.veto();
             return Verdict::Vetoed { tally };
         }
         let again = standing != Standing::In;
         let first = self.ban.as_ref().map_or(now, |ban| ban.first);
-        self.ban = Some(Ban { first, since: now, cause: format!("{}, {tally}", failure.text()), probe: None });
+        self.ban = Some(Ban {
+            first,
+            since: now,
+            cause: format!("{}, {tally}", failure.text()),
+            probe: None,
+        });
         Verdict::Banned { tally, again }
     }
 
@@ -305,27 +324,53 @@ impl Record {
     /// Goes on under other rules; true if that ended a ban.
     pub fn fit(&mut self, rules: &Rules) -> bool {
         if rules.max_fails == 0 {
-            *self = Self { ban: self.ban.take(), ..Self::new(rules) };
+            *self = Self {
+                ban: self.ban.take(),
+                ..Self::new(rules)
+            };
             return self.pardon();
         }
         match &mut self.counter {
             Counter::Sliding(window) if rules.nginx => {
-                let last = self.ban.as_ref().map(|ban| ban.since).or(window.back().map(|fault| fault.at));
+                let last = self
+                    .ban
+                    .as_ref()
+                    .map(|ban| ban.since)
+                    .or(window.back().map(|fault| fault.at));
                 let last = last.unwrap_or_default().as_secs();
-                let probed = self.ban.as_ref().and_then(|ban| ban.probe).map_or(last, Moment::as_secs);
+                let probed = self
+                    .ban
+                    .as_ref()
+                    .and_then(|ban| ban.probe)
+                    .map_or(last, Moment::as_secs);
                 let timeouts = window.iter().all(|fault| fault.failure == Failure::Timeout);
-                let fails = if self.ban.is_some() { rules.max_fails } else { window.len().try_into().unwrap_or(u32::MAX) };
-                self.counter = Counter::Nginx(Fails { fails, accessed: last, checked: probed, timeouts });
+                let fails = if self.ban.is_some() {
+                    rules.max_fails
+                } else {
+                    window.len().try_into().unwrap_or(u32::MAX)
+                };
+                self.counter = Counter::Nginx(Fails {
+                    fails,
+                    accessed: last,
+                    checked: probed,
+                    timeouts,
+                });
             }
             Counter::Nginx(fails) if !rules.nginx => {
                 let at = Moment::new(Duration::from_secs(fails.accessed));
-                let failure = if fails.timeouts { Failure::Timeout } else { Failure::Unreachable };
+                let failure = if fails.timeouts {
+                    Failure::Timeout
+                } else {
+                    Failure::Unreachable
+                };
                 let count = fails.fails.min(rules.max_fails.saturating_sub(1)) as usize;
                 self.counter = Counter::Sliding(std::iter::repeat_n(Fault { at, failure }, count).collect());
             }
             Counter::Sliding(_) | Counter::Nginx(_) => {}
         }
-        let Counter::Nginx(fails) = &mut self.counter else { return false };
+        let Counter::Nginx(fails) = &mut self.counter else {
+            return false;
+        };
         if fails.fails < rules.max_fails {
             return self.ban.take().is_some();
         }
@@ -352,7 +397,10 @@ impl Record {
                 let left = match &self.counter {
                     Counter::Sliding(_) => terms.rules.fail_timeout.saturating_sub(now - ban.since),
                     Counter::Nginx(fails) => {
-                        let end = fails.checked.saturating_add(terms.rules.fail_timeout.as_secs()).saturating_add(1);
+                        let end = fails
+                            .checked
+                            .saturating_add(terms.rules.fail_timeout.as_secs())
+                            .saturating_add(1);
                         Moment::new(Duration::from_secs(end)) - now
                     }
                 };
@@ -364,17 +412,29 @@ impl Record {
 
     /// For a snapshot.
     pub fn save(&self) -> SavedRecord {
-        let ban = self.ban.as_ref().map(|ban| SavedBan { first: ban.first, since: ban.since, cause: ban.cause.clone() });
-        let mut saved = SavedRecord { ban, ..SavedRecord::default() };
+        let ban = self.ban.as_ref().map(|ban| SavedBan {
+            first: ban.first,
+            since: ban.since,
+            cause: ban.cause.clone(),
+        });
+        let mut saved = SavedRecord {
+            ban,
+            ..SavedRecord::default()
+        };
         match &self.counter {
             Counter::Sliding(window) => {
-                let fault = |fault: &Fault| SavedFault { at: fault.at, failure: fault.failure.text().to_owned() };
+                let fault = |fault: &Fault| SavedFault {
+                    at: fault.at,
+                    failure: fault.failure.text().to_owned(),
+                };
                 saved.window = window.iter().map(fault).collect();
             }
             Counter::Nginx(fails) => {
                 // The worker that reads this has no probe under way: its next connection is one.
                 let checked = match &self.ban {
-                    Some(Ban { since, probe: Some(_), .. }) => since.as_secs(),
+                    Some(Ban {
+                        since, probe: Some(_), ..
+                    }) => since.as_secs(),
                     _ => fails.checked,
                 };
                 saved.nginx = Some(Fails { checked, ..*fails });
@@ -388,12 +448,19 @@ impl Record {
     pub fn restore(saved: &SavedRecord, rules: &Rules, now: Moment) -> Self {
         let counter = saved.nginx.map_or_else(
             || {
-                let fault = |fault: &SavedFault| Fault { at: fault.at.min(now), failure: Failure::from_text(&fault.failure) };
+                let fault = |fault: &SavedFault| Fault {
+                    at: fault.at.min(now),
+                    failure: Failure::from_text(&fault.failure),
+                };
                 Counter::Sliding(saved.window.iter().map(fault).collect())
             },
             |fails| {
                 let (accessed, checked) = (fails.accessed.min(now.as_secs()), fails.checked.min(now.as_secs()));
-                Counter::Nginx(Fails { accessed, checked, ..fails })
+                Counter::Nginx(Fails {
+                    accessed,
+                    checked,
+                    ..fails
+                })
             },
         );
         let ban = saved.ban.as_ref().map(|ban| Ban {
@@ -497,7 +564,13 @@ impl Checks {
     }
 
     /// One more answer. `alive` is asked only if the verdict would rest on timeouts alone.
-    pub fn answered(&mut self, rounds: Rounds, outcome: CheckOutcome, alive: impl FnOnce() -> bool, now: Moment) -> Turn {
+    pub fn answered(
+        &mut self,
+        rounds: Rounds,
+        outcome: CheckOutcome,
+        alive: impl FnOnce() -> bool,
+        now: Moment,
+    ) -> Turn {
         match outcome {
             CheckOutcome::Bad { reason, timeout } => self.answered_badly(rounds, reason, timeout, alive, now),
             CheckOutcome::Good => self.answered_alive(rounds, None),
@@ -522,10 +595,18 @@ impl Checks {
         if self.down.is_some() {
             self.reason = failed_in_a_row(self.bad, &reason);
             // While down, an answer is told only if one of the other kind came in between.
-            return if first { Turn::Changed(format!("check failed: {reason}")) } else { Turn::Same };
+            return if first {
+                Turn::Changed(format!("check failed: {reason}"))
+            } else {
+                Turn::Same
+            };
         }
         if self.bad < fall {
-            return if first { Turn::Changed(format!("check failed: {reason} (1 of {fall})")) } else { Turn::Same };
+            return if first {
+                Turn::Changed(format!("check failed: {reason} (1 of {fall})"))
+            } else {
+                Turn::Same
+            };
         }
         let verdict = failed_in_a_row(self.bad, &reason);
         if self.timeouts && alive() {
@@ -550,7 +631,9 @@ impl Checks {
         };
         let rises = self.down.is_some() && self.risen(rounds);
         if self.down.is_some() && !rises {
-            return told.map_or(Turn::Same, |told| Turn::Changed(format!("{told} ({} of {})", self.alive, rounds.rise)));
+            return told.map_or(Turn::Same, |told| {
+                Turn::Changed(format!("{told} ({} of {})", self.alive, rounds.rise))
+            });
         }
         self.down = None;
         self.not_ready = not_ready.is_some();
@@ -569,11 +652,19 @@ impl Checks {
 
 /// For people.
 pub fn good_in_a_row(count: u32) -> String {
-    if count == 1 { "1 check good".to_owned() } else { format!("{count} checks good in a row") }
+    if count == 1 {
+        "1 check good".to_owned()
+    } else {
+        format!("{count} checks good in a row")
+    }
 }
 
 fn failed_in_a_row(count: u32, reason: &str) -> String {
-    if count == 1 { format!("1 check failed: {reason}") } else { format!("{count} checks failed in a row: {reason}") }
+    if count == 1 {
+        format!("1 check failed: {reason}")
+    } else {
+        format!("{count} checks failed in a row: {reason}")
+    }
 }
 
 /// A [`Record`] as it is written down.
@@ -623,7 +714,10 @@ mod tests {
         };
         assert!(bans(9.0));
         assert!(bans(9.999));
-        assert!(!bans(10.0), "the window is open on the left: exactly fail_timeout ago is gone");
+        assert!(
+            !bans(10.0),
+            "the window is open on the left: exactly fail_timeout ago is gone"
+        );
         assert!(!bans(11.0));
     }
 
@@ -641,7 +735,9 @@ mod tests {
         for _ in 0..1000 {
             record.failed(&SLIDING, Failure::Timeout, || true, at(1.0));
         }
-        let Counter::Sliding(window) = &record.counter else { panic!("sliding") };
+        let Counter::Sliding(window) = &record.counter else {
+            panic!("sliding")
+        };
         assert_eq!(window.len(), 2);
     }
 
@@ -652,7 +748,10 @@ mod tests {
         refuse(&mut record, &SLIDING, 1.0);
         assert!(!record.succeeded(at(0.9)));
         assert_eq!(record.standing(&SLIDING, at(1.0)), Standing::Out);
-        assert!(record.succeeded(at(1.1)), "a later one shows that it is back, whoever made it");
+        assert!(
+            record.succeeded(at(1.1)),
+            "a later one shows that it is back, whoever made it"
+        );
         assert_eq!(record.standing(&SLIDING, at(1.1)), Standing::In);
     }
 
@@ -681,7 +780,9 @@ mod tests {
             let mut record = Record::new(&terms.rules);
             refuse(&mut record, &terms, 0.0);
             connect(&mut record, &terms, seconds);
-            let Counter::Nginx(fails) = record.counter else { panic!("nginx") };
+            let Counter::Nginx(fails) = record.counter else {
+                panic!("nginx")
+            };
             fails.fails
         };
         assert_eq!(fails_after_success_at(1.0), 1);
@@ -708,7 +809,11 @@ mod tests {
         assert!(record.picked(&terms, at(11.0)));
         assert_eq!(record.standing(&terms, at(11.0)), Standing::Probing);
         assert_eq!(record.standing(&terms, at(21.0)), Standing::Probing);
-        assert_eq!(record.standing(&terms, at(22.0)), Standing::Due, "never answered: the same rule again");
+        assert_eq!(
+            record.standing(&terms, at(22.0)),
+            Standing::Due,
+            "never answered: the same rule again"
+        );
         assert!(record.succeeded(at(11.0)));
         assert_eq!(record.standing(&terms, at(22.0)), Standing::In);
     }
@@ -745,8 +850,15 @@ mod tests {
         }
         assert!(banned(&timeout(false, 4.0)));
         assert!(record.picked(&terms, at(15.0)));
-        assert!(matches!(record.failed(&terms, Failure::Timeout, || true, at(15.5)), Verdict::Vetoed { .. }));
-        assert_eq!(record.standing(&terms, at(15.5)), Standing::Due, "an outweighed probe proves nothing");
+        assert!(matches!(
+            record.failed(&terms, Failure::Timeout, || true, at(15.5)),
+            Verdict::Vetoed { .. }
+        ));
+        assert_eq!(
+            record.standing(&terms, at(15.5)),
+            Standing::Due,
+            "an outweighed probe proves nothing"
+        );
     }
 
     #[test]
@@ -766,7 +878,10 @@ mod tests {
             assert!(!record.fit(&to.rules));
             assert_eq!(record.standing(&to, at(9.0)), Standing::Out);
             assert_eq!(record.standing(&to, at(11.0)), Standing::Due);
-            assert!(record.fit(&Rules { max_fails: 0, ..to.rules }));
+            assert!(record.fit(&Rules {
+                max_fails: 0,
+                ..to.rules
+            }));
             assert_eq!(record.standing(&to, at(9.0)), Standing::In);
         }
     }
@@ -783,12 +898,27 @@ mod tests {
 
     #[test]
     fn a_lower_max_fails_bans_from_the_next_failure_on() {
-        for from in [nginx(5), Terms { rules: Rules { max_fails: 5, ..SLIDING.rules }, ..SLIDING }] {
+        for from in [
+            nginx(5),
+            Terms {
+                rules: Rules {
+                    max_fails: 5,
+                    ..SLIDING.rules
+                },
+                ..SLIDING
+            },
+        ] {
             let mut record = Record::new(&from.rules);
             for _ in 0..4 {
                 refuse(&mut record, &from, 0.0);
             }
-            let to = Terms { rules: Rules { max_fails: 2, ..from.rules }, ..from };
+            let to = Terms {
+                rules: Rules {
+                    max_fails: 2,
+                    ..from.rules
+                },
+                ..from
+            };
             record.fit(&to.rules);
             assert_eq!(record.standing(&to, at(0.0)), Standing::In);
             assert!(banned(&refuse(&mut record, &to, 1.0)));
@@ -810,12 +940,18 @@ mod tests {
     #[test]
     fn checks_take_a_backend_down_after_fall_bad_answers_in_a_row() {
         let mut checks = Checks::default();
-        assert_eq!(bad(&mut checks, false), Turn::Changed("check failed: connect refused (1 of 3)".into()));
+        assert_eq!(
+            bad(&mut checks, false),
+            Turn::Changed("check failed: connect refused (1 of 3)".into())
+        );
         assert_eq!(bad(&mut checks, false), Turn::Same);
         assert_eq!(good(&mut checks), Turn::Changed("check good again".into()));
         bad(&mut checks, false);
         bad(&mut checks, false);
-        assert_eq!(bad(&mut checks, false), Turn::Down("3 checks failed in a row: connect refused".into()));
+        assert_eq!(
+            bad(&mut checks, false),
+            Turn::Down("3 checks failed in a row: connect refused".into())
+        );
         assert_eq!(bad(&mut checks, false), Turn::Same);
     }
 
@@ -846,7 +982,10 @@ mod tests {
         let mut checks = down();
         assert_eq!(not_ready(&mut checks), Turn::Changed("answers 500 (1 of 2)".into()));
         assert!(checks.down().is_some());
-        assert_eq!(not_ready(&mut checks), Turn::Changed("alive again, but not ready: answers 500".into()));
+        assert_eq!(
+            not_ready(&mut checks),
+            Turn::Changed("alive again, but not ready: answers 500".into())
+        );
         assert_eq!((checks.down(), checks.not_ready()), (None, true));
 
         let mut checks = down();
@@ -872,17 +1011,31 @@ mod tests {
         for outcome in [timed_out(), refused()] {
             checks.answered(ROUNDS, outcome, never, at(0.0));
         }
-        assert!(matches!(checks.answered(ROUNDS, timed_out(), never, at(0.0)), Turn::Down(_)));
+        assert!(matches!(
+            checks.answered(ROUNDS, timed_out(), never, at(0.0)),
+            Turn::Down(_)
+        ));
     }
 
     const SLIDING: Terms = Terms {
-        rules: Rules { max_fails: 2, fail_timeout: Duration::from_secs(10), nginx: false },
+        rules: Rules {
+            max_fails: 2,
+            fail_timeout: Duration::from_secs(10),
+            nginx: false,
+        },
         connect_timeout: Duration::from_secs(1),
     };
     const ROUNDS: Rounds = Rounds { rise: 2, fall: 3 };
 
     fn nginx(max_fails: u32) -> Terms {
-        Terms { rules: Rules { max_fails, nginx: true, ..SLIDING.rules }, ..SLIDING }
+        Terms {
+            rules: Rules {
+                max_fails,
+                nginx: true,
+                ..SLIDING.rules
+            },
+            ..SLIDING
+        }
     }
 
     /// `seconds` after t0, which is a whole second after boot.
@@ -905,11 +1058,17 @@ mod tests {
     }
 
     fn refused() -> CheckOutcome {
-        CheckOutcome::Bad { reason: "connect refused".into(), timeout: false }
+        CheckOutcome::Bad {
+            reason: "connect refused".into(),
+            timeout: false,
+        }
     }
 
     fn timed_out() -> CheckOutcome {
-        CheckOutcome::Bad { reason: "no answer within 1 s".into(), timeout: true }
+        CheckOutcome::Bad {
+            reason: "no answer within 1 s".into(),
+            timeout: true,
+        }
     }
 
     fn bad(checks: &mut Checks, alive: bool) -> Turn {

@@ -14,11 +14,7 @@ pub mod pool;
 pub mod status;
 pub mod wheel;
 
-use std::{
-    net::SocketAddr,
-    ops::Range,
-    path::PathBuf,
-};
+use std::{net::SocketAddr, ops::Range, path::PathBuf};
 
 pub use config::Config;
 
@@ -53,17 +49,40 @@ pub fn needs(config: &Config, cores: u16) -> Vec<Need> {
     let threads = threads(config, cores);
     let mut needs = Vec::new();
     for at in &config.health {
-        let what = What::Listener { address: at.value, copies: 1 };
-        needs.push(Need { what, key: "lb.health".into(), span: at.span.clone() });
+        let what = What::Listener {
+            address: at.value,
+            copies: 1,
+        };
+        needs.push(Need {
+            what,
+            key: "lb.health".into(),
+            span: at.span.clone(),
+        });
     }
     for frontend in &config.frontend {
         for at in &frontend.listen {
-            let what = What::Listener { address: at.value, copies: threads };
-            needs.push(Need { what, key: format!("lb.frontend.{}.listen", frontend.name.value), span: at.span.clone() });
+            let what = What::Listener {
+                address: at.value,
+                copies: threads,
+            };
+            needs.push(Need {
+                what,
+                key: format!("lb.frontend.{}.listen", frontend.name.value),
+                span: at.span.clone(),
+            });
         }
-        if let Some(at) = frontend.health.active.as_ref().and_then(|active| active.ca_file.as_ref()) {
+        if let Some(at) = frontend
+            .health
+            .active
+            .as_ref()
+            .and_then(|active| active.ca_file.as_ref())
+        {
             let key = format!("lb.frontend.{}.health.active.ca_file", frontend.name.value);
-            needs.push(Need { what: What::File(at.value.clone()), key, span: at.span.clone() });
+            needs.push(Need {
+                what: What::File(at.value.clone()),
+                key,
+                span: at.span.clone(),
+            });
         }
     }
     needs

@@ -167,13 +167,19 @@ impl Settings {
             passive: frontend.health.passive(),
             connect_timeout: frontend.connect_timeout(),
             on_down: frontend.on_down(),
-            rounds: frontend.health.active.as_ref().map(|active| Rounds { rise: active.rise(), fall: active.fall() }),
+            rounds: frontend.health.active.as_ref().map(|active| Rounds {
+                rise: active.rise(),
+                fall: active.fall(),
+            }),
             seed,
         }
     }
 
     const fn terms(&self) -> Terms {
-        Terms { rules: self.passive, connect_timeout: self.connect_timeout }
+        Terms {
+            rules: self.passive,
+            connect_timeout: self.connect_timeout,
+        }
     }
 }
 
@@ -182,7 +188,14 @@ impl Pool {
     /// the same address the first counts.
     pub fn new(settings: Settings, backends: &[config::Backend], now: Moment) -> Self {
         let random = Random::new(settings.seed);
-        let mut pool = Self { settings, entries: Vec::new(), live: Vec::new(), retired: Vec::new(), next_id: 0, random };
+        let mut pool = Self {
+            settings,
+            entries: Vec::new(),
+            live: Vec::new(),
+            retired: Vec::new(),
+            next_id: 0,
+            random,
+        };
         pool.arrange(backends, now);
         pool
     }
@@ -190,16 +203,21 @@ impl Pool {
     /// Takes over another configuration.
     ///
     /// A backend is the same if its [`Address`] is the same: it keeps id, bans, windows, check verdicts, counters,
-    /// drain and sessions. One that is gone gets no new sessions and lives on until its last session is closed; if it is
-    /// configured again before, it is the same one again. Without active checks their verdicts are forgotten, without
-    /// passive health its bans.
+    /// drain and sessions. One that is gone gets no new sessions and lives on until its last session is closed; if it
+    /// is configured again before, it is the same one again. Without active checks their verdicts are forgotten,
+    /// without passive health its bans.
     pub fn reconfigure(&mut self, settings: Settings, backends: &[config::Backend], now: Moment) -> Vec<Action> {
         if settings.seed != self.settings.seed {
             self.random = Random::new(settings.seed);
         }
         self.settings = settings;
         self.arrange(backends, now);
-        let Self { settings, live, retired, .. } = self;
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
         let mut actions = Vec::new();
         for endpoint in live.iter_mut() {
             let why = endpoint.fit(settings, now);
@@ -219,7 +237,12 @@ impl Pool {
     /// changes only; they are the endpoint's that came, or, for a lost address, that endpoint's.
     pub fn set_addresses(&mut self, name: &Address, addresses: &[SocketAddr], now: Moment) -> Vec<Action> {
         let is_name = matches!(name, Address::Name { .. });
-        let Some(entry) = self.entries.iter().find(|entry| is_name && entry.backend.address == *name).cloned() else {
+        let Some(entry) = self
+            .entries
+            .iter()
+            .find(|entry| is_name && entry.backend.address == *name)
+            .cloned()
+        else {
             return Vec::new();
         };
         let wanted: BTreeSet<SocketAddr> = addresses.iter().copied().collect();
@@ -234,7 +257,10 @@ impl Pool {
             if endpoint.entry != *name || endpoint.address.is_some_and(|address| wanted.contains(&address)) {
                 live.push(endpoint);
             } else if let Some(address) = endpoint.address {
-                actions.push(endpoint.event(EventKind::Resolve, format!("{name} no longer resolves to {}", address.ip())));
+                actions.push(endpoint.event(
+                    EventKind::Resolve,
+                    format!("{name} no longer resolves to {}", address.ip()),
+                ));
                 self.retired.push(endpoint);
             }
         }
@@ -257,21 +283,30 @@ impl Pool {
     /// The entries to resolve, in the order of the configuration.
     pub fn names(&self) -> Vec<Address> {
         let addresses = self.entries.iter().map(|entry| &entry.backend.address);
-        addresses.filter(|address| matches!(address, Address::Name { .. })).cloned().collect()
+        addresses
+            .filter(|address| matches!(address, Address::Name { .. }))
+            .cloned()
+            .collect()
     }
 
     /// Chooses the backend of one connection attempt and counts its session at once.
     ///
-    /// `tried` are those that this client's connection has been refused by. In this order: healthy primaries and those
-    /// whose ban has run out, by the configured balance; backups likewise; then, in every profile (nginx gives up here),
-    /// those that are alive but not ready, by balance; then those that are out, the one with the oldest verdict first.
-    /// Drained, unresolved and retired ones never: then there is no pick.
+    /// `tried` are those that this client's connection has failed with. In this order: healthy primaries and those
+    /// whose ban has run out, by the configured balance; backups likewise; then, in every profile (nginx gives up
+    /// here), those that are alive but not ready, by balance; then those that are out, the one with the oldest verdict
+    /// first. Drained, unresolved and retired ones never: then there is no pick.
     pub fn pick(&mut self, client: IpAddr, tried: &[BackendId], now: Moment) -> (Option<Pick>, Vec<Action>) {
-        let Self { settings, live, random, .. } = self;
+        let Self {
+            settings, live, random, ..
+        } = self;
         let terms = settings.terms();
         let mut found = [false; 4];
         for endpoint in live.iter_mut() {
-            endpoint.class = if tried.contains(&endpoint.id) { Class::Shut } else { endpoint.class(&terms, now) };
+            endpoint.class = if tried.contains(&endpoint.id) {
+                Class::Shut
+            } else {
+                endpoint.class(&terms, now)
+            };
             let tier = match (endpoint.class, endpoint.backup) {
                 (Class::Usable, false) => 0,
                 (Class::Usable, true) => 1,
@@ -291,8 +326,12 @@ impl Pool {
             (false, false, false) => return (None, Vec::new()),
         };
         let chosen = if class == Class::Out {
-            let out = live.iter().enumerate().filter(|(_, endpoint)| endpoint.class == Class::Out);
-            out.min_by_key(|(_, endpoint)| endpoint.out_since()).map(|(index, _)| index)
+            let out = live
+                .iter()
+                .enumerate()
+                .filter(|(_, endpoint)| endpoint.class == Class::Out);
+            out.min_by_key(|(_, endpoint)| endpoint.out_since())
+                .map(|(index, _)| index)
         } else {
             for endpoint in live.iter_mut() {
                 let tier = class == Class::NotReady || endpoint.backup != primary;
@@ -300,8 +339,12 @@ impl Pool {
             }
             balance::choose(settings.balance, live, client, random)
         };
-        let Some(endpoint) = chosen.and_then(|index| live.get_mut(index)) else { return (None, Vec::new()) };
-        let Some(address) = endpoint.address else { return (None, Vec::new()) };
+        let Some(endpoint) = chosen.and_then(|index| live.get_mut(index)) else {
+            return (None, Vec::new());
+        };
+        let Some(address) = endpoint.address else {
+            return (None, Vec::new());
+        };
         let mut actions = Vec::new();
         endpoint.connecting = endpoint.connecting.saturating_add(1);
         endpoint.share.sessions = endpoint.share.sessions.saturating_add(1);
@@ -313,14 +356,30 @@ impl Pool {
         }
         if fail_open && due(&mut endpoint.failed_open_at, FAIL_OPEN_EVERY, now) {
             let state = endpoint.state_at(&terms, now).name();
-            actions.push(endpoint.event(EventKind::FailOpen, format!("tried although {state}: no backend is healthy")));
+            actions.push(endpoint.event(
+                EventKind::FailOpen,
+                format!("tried although {state}: no backend is healthy"),
+            ));
         }
-        (Some(Pick { id: endpoint.id, address, probe, fail_open }), actions)
+        (
+            Some(Pick {
+                id: endpoint.id,
+                address,
+                probe,
+                fail_open,
+            }),
+            actions,
+        )
     }
 
     /// A connect succeeded and its session is established. `took` is the time since its own pick, not the client's.
     pub fn connected(&mut self, id: BackendId, took: Duration, now: Moment) -> Vec<Action> {
-        let Self { settings, live, retired, .. } = self;
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
         let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) else {
             return Vec::new();
         };
@@ -334,7 +393,11 @@ impl Pool {
         }
         endpoint.settle(settings, now);
         let up = endpoint.event(EventKind::Up, format!("connected in {}", health::text(took)));
-        if live.iter().any(|endpoint| endpoint.id == id) { vec![up] } else { Vec::new() }
+        if live.iter().any(|endpoint| endpoint.id == id) {
+            vec![up]
+        } else {
+            Vec::new()
+        }
     }
 
     /// A connect failed and its session is over.
@@ -350,7 +413,12 @@ impl Pool {
         now: Moment,
     ) -> Vec<Action> {
         let lone = self.is_lone();
-        let Self { settings, live, retired, .. } = self;
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
         let is_live = live.iter().any(|endpoint| endpoint.id == id);
         let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) else {
             return Vec::new();
@@ -371,25 +439,34 @@ impl Pool {
             _ => None,
         };
         if let Some(why) = nothing_follows {
-            return endpoint.repeated(EventKind::Failure, now, || format!("{text} ({why})")).into_iter().collect();
+            return endpoint
+                .repeated(EventKind::Failure, now, || format!("{text} ({why})"))
+                .into_iter()
+                .collect();
         }
         let connected_at = endpoint.connected_at;
-        let verdict = endpoint.record.failed(&terms, failure, || is_alive(connected_at, proof, now), now);
+        let verdict = endpoint
+            .record
+            .failed(&terms, failure, || is_alive(connected_at, proof, now), now);
         if settings.passive.nginx {
             endpoint.share.weaken(settings.passive.max_fails);
         }
         endpoint.settle(settings, now);
         match verdict {
             Verdict::Counted { tally } => vec![endpoint.event(EventKind::Failure, format!("{text} ({tally})"))],
-            Verdict::AlreadyOut => {
-                endpoint.repeated(EventKind::Failure, now, || format!("{text} (banned already)")).into_iter().collect()
-            }
+            Verdict::AlreadyOut => endpoint
+                .repeated(EventKind::Failure, now, || format!("{text} (banned already)"))
+                .into_iter()
+                .collect(),
             Verdict::Vetoed { tally } => {
                 endpoint.counters.vetoes = endpoint.counters.vetoes.saturating_add(1);
                 if !due(&mut endpoint.vetoed_at, REPEAT_EVERY, now) {
                     return Vec::new();
                 }
-                let veto = format!("{text}, {tally}; no ban, it has answered within {}", health::text(PROOF));
+                let veto = format!(
+                    "{text}, {tally}; no ban, it has answered within {}",
+                    health::text(PROOF)
+                );
                 let failed = endpoint.event(EventKind::Failure, format!("{text} ({tally})"));
                 vec![failed, endpoint.event(EventKind::Veto, veto)]
             }
@@ -399,7 +476,10 @@ impl Pool {
                     endpoint.counters.eject(failure);
                 }
                 let ban = health::text(settings.passive.fail_timeout);
-                let ban = format!("{text}, {tally}; banned for {}{ban}", if again { "another " } else { "" });
+                let ban = format!(
+                    "{text}, {tally}; banned for {}{ban}",
+                    if again { "another " } else { "" }
+                );
                 let failed = endpoint.event(EventKind::Failure, format!("{text} ({tally})"));
                 let mut actions = vec![failed, endpoint.event(EventKind::Ban, ban)];
                 endpoint.reset_sessions(settings, &mut actions);
@@ -410,7 +490,12 @@ impl Pool {
 
     /// The client left while connecting, and the session is over. If it was the probe, the next pick probes instead.
     pub fn abandoned(&mut self, id: BackendId, now: Moment) {
-        let Self { settings, live, retired, .. } = self;
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
         if let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) {
             endpoint.release_connect();
             endpoint.no_answer(settings, now);
@@ -420,7 +505,8 @@ impl Pool {
     /// An established session ended.
     pub fn closed(&mut self, id: BackendId, _now: Moment) {
         let Self { live, retired, .. } = self;
-        if let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.share.sessions > endpoint.connecting) {
+        if let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.share.sessions > endpoint.connecting)
+        {
             endpoint.share.sessions -= 1;
         }
     }
@@ -434,10 +520,16 @@ impl Pool {
         now: Moment,
     ) -> Vec<Action> {
         let Self { settings, live, .. } = self;
-        let endpoint = live.iter_mut().find(|endpoint| endpoint.id == id && endpoint.address.is_some());
-        let (Some(endpoint), Some(rounds)) = (endpoint, settings.rounds) else { return Vec::new() };
+        let endpoint = live
+            .iter_mut()
+            .find(|endpoint| endpoint.id == id && endpoint.address.is_some());
+        let (Some(endpoint), Some(rounds)) = (endpoint, settings.rounds) else {
+            return Vec::new();
+        };
         let connected_at = endpoint.connected_at;
-        let turn = endpoint.checks.answered(rounds, outcome, || is_alive(connected_at, proof, now), now);
+        let turn = endpoint
+            .checks
+            .answered(rounds, outcome, || is_alive(connected_at, proof, now), now);
         // Answers that came since the ban say as much as the probe would.
         let pardoned = endpoint.checks.risen(rounds) && endpoint.record.pardon();
         endpoint.settle(settings, now);
@@ -469,11 +561,19 @@ impl Pool {
     /// Sets or takes back an operator's drain of all endpoints of an entry; `None`: no such entry. Running sessions
     /// stay.
     pub fn drain(&mut self, backend: &Address, set: bool, now: Moment) -> Option<Vec<Action>> {
-        let Self { settings, entries, live, .. } = self;
+        let Self {
+            settings,
+            entries,
+            live,
+            ..
+        } = self;
         let entry = entries.iter_mut().find(|entry| entry.backend.address == *backend)?;
         entry.drained = set;
         let mut actions = Vec::new();
-        for endpoint in live.iter_mut().filter(|endpoint| endpoint.entry == *backend && endpoint.drained != set) {
+        for endpoint in live
+            .iter_mut()
+            .filter(|endpoint| endpoint.entry == *backend && endpoint.drained != set)
+        {
             endpoint.drained = set;
             endpoint.settle(settings, now);
             actions.push(if set {
@@ -488,14 +588,17 @@ impl Pool {
     /// What active checks should check: every resolved endpoint, drained ones included.
     pub fn targets(&self) -> Vec<(BackendId, Address, SocketAddr)> {
         let live = self.live.iter();
-        live.filter_map(|endpoint| Some((endpoint.id, endpoint.entry.clone(), endpoint.address?))).collect()
+        live.filter_map(|endpoint| Some((endpoint.id, endpoint.entry.clone(), endpoint.address?)))
+            .collect()
     }
 
     /// For /healthz: an endpoint is healthy, or its ban has run out and no connection has come to probe it. Without the
     /// latter, whoever sends traffic only where /healthz says 200 would never send the one connection that turns it.
     pub fn healthy(&self, now: Moment) -> bool {
         let terms = self.settings.terms();
-        self.live.iter().any(|endpoint| endpoint.class(&terms, now) == Class::Usable)
+        self.live
+            .iter()
+            .any(|endpoint| endpoint.class(&terms, now) == Class::Usable)
     }
 
     /// Every endpoint that is not retired, in the order of the configuration; bytes and sessions reset are the caller's
@@ -513,10 +616,11 @@ impl Pool {
     /// As shown in events: the configured `HOST:PORT`, for a resolved name followed by ` (ADDRESS)`.
     pub fn name_of(&self, id: BackendId) -> Option<String> {
         let mut all = self.live.iter().chain(&self.retired);
-        all.find(|endpoint| endpoint.id == id).map(|endpoint| match (&endpoint.entry, endpoint.address) {
-            (name @ Address::Name { .. }, Some(address)) => format!("{name} ({address})"),
-            (entry, _) => entry.to_string(),
-        })
+        all.find(|endpoint| endpoint.id == id)
+            .map(|endpoint| match (&endpoint.entry, endpoint.address) {
+                (name @ Address::Name { .. }, Some(address)) => format!("{name} ({address})"),
+                (entry, _) => entry.to_string(),
+            })
     }
 
     /// Makes entries and endpoints those of `backends`. Endpoints that stay keep everything but weight and backup.
@@ -532,7 +636,10 @@ impl Pool {
                     Some(entry) => entry.drained,
                     None => gone.any(|endpoint| endpoint.drained),
                 };
-                entries.push(Entry { backend: backend.clone(), drained });
+                entries.push(Entry {
+                    backend: backend.clone(),
+                    drained,
+                });
             }
         }
         for mut endpoint in std::mem::take(&mut self.live) {
@@ -562,7 +669,10 @@ impl Pool {
     /// The endpoint of an address of an entry: the retired one if it is still there, else a new one.
     fn endpoint(&mut self, entry: &Entry, address: Option<SocketAddr>, now: Moment) -> Endpoint {
         let is_same = |endpoint: &Endpoint| endpoint.entry == entry.backend.address && endpoint.address == address;
-        let retired = self.retired.iter().position(|endpoint| address.is_some() && is_same(endpoint));
+        let retired = self
+            .retired
+            .iter()
+            .position(|endpoint| address.is_some() && is_same(endpoint));
         if let Some(index) = retired {
             let mut endpoint = self.retired.swap_remove(index);
             endpoint.adopt(entry);
@@ -595,7 +705,12 @@ impl Pool {
 
     /// Exactly one endpoint could be connected to if nothing were out or drained.
     fn is_lone(&self) -> bool {
-        self.live.iter().filter(|endpoint| endpoint.address.is_some()).take(2).count() == 1
+        self.live
+            .iter()
+            .filter(|endpoint| endpoint.address.is_some())
+            .take(2)
+            .count()
+            == 1
     }
 
     /// A backend that has just become the only one is not banned any more.
@@ -614,7 +729,11 @@ impl Pool {
 
 impl Endpoint {
     fn new(id: BackendId, entry: &Entry, address: Option<SocketAddr>, settings: &Settings, now: Moment) -> Self {
-        let config::Backend { address: name, weight, backup } = entry.backend.clone();
+        let config::Backend {
+            address: name,
+            weight,
+            backup,
+        } = entry.backend.clone();
         Self {
             id,
             entry: name,
@@ -647,7 +766,10 @@ impl Endpoint {
 
     /// Goes on under other rules; says why if they took a verdict back.
     fn fit(&mut self, settings: &Settings, now: Moment) -> Option<&'static str> {
-        let mut why = self.record.fit(&settings.passive).then_some("its ban ended with the rules it rested on");
+        let mut why = self
+            .record
+            .fit(&settings.passive)
+            .then_some("its ban ended with the rules it rested on");
         if settings.rounds.is_none() {
             let checks = std::mem::take(&mut self.checks);
             if checks.down().is_some() || checks.not_ready() {
@@ -726,7 +848,11 @@ impl Endpoint {
     }
 
     fn event(&self, kind: EventKind, reason: impl Into<String>) -> Action {
-        Action::Event { id: self.id, kind, reason: reason.into() }
+        Action::Event {
+            id: self.id,
+            kind,
+            reason: reason.into(),
+        }
     }
 
     /// An event that may come thousands of times in a second.
@@ -846,7 +972,11 @@ impl Pool {
     pub fn snapshot(&self, now: Moment) -> Snapshot {
         let terms = self.settings.terms();
         let live = self.live.iter().filter(|endpoint| endpoint.address.is_some());
-        Snapshot { backends: live.map(|endpoint| Saved::of(endpoint, endpoint.state_at(&terms, now))).collect() }
+        Snapshot {
+            backends: live
+                .map(|endpoint| Saved::of(endpoint, endpoint.state_at(&terms, now)))
+                .collect(),
+        }
     }
 
     /// Takes over what a predecessor left; for a pool that nothing has happened to.
@@ -876,7 +1006,13 @@ impl Pool {
 
 impl Saved {
     fn of(endpoint: &Endpoint, state: State) -> Self {
-        let Counters { connections, connect_failures, ejections, vetoes, latency } = &endpoint.counters;
+        let Counters {
+            connections,
+            connect_failures,
+            ejections,
+            vetoes,
+            latency,
+        } = &endpoint.counters;
         Self {
             backend: endpoint.entry.to_string(),
             address: endpoint.address,
@@ -914,7 +1050,10 @@ impl Saved {
             vetoes: self.vetoes_total,
             latency: latency.map_or_else(
                 |_| Histogram::default(),
-                |buckets| Histogram { buckets, sum_us: self.latency_sum_us },
+                |buckets| Histogram {
+                    buckets,
+                    sum_us: self.latency_sum_us,
+                },
             ),
         };
         endpoint.settle(settings, now);
@@ -943,18 +1082,35 @@ mod tests {
         for on_down in [OnDown::Reset, OnDown::Keep] {
             let mut lab = Lab::with(3, Settings { on_down, ..SETTINGS });
             let first = lab.fail(0, Failure::Refused, 0.0);
-            assert_eq!(first, [event(0, EventKind::Failure, "connect refused (1 of 2 failures within 10 s)")]);
+            assert_eq!(
+                first,
+                [event(
+                    0,
+                    EventKind::Failure,
+                    "connect refused (1 of 2 failures within 10 s)"
+                )]
+            );
             let mut wanted = vec![
                 event(0, EventKind::Failure, "connect refused (2 of 2 failures within 10 s)"),
-                event(0, EventKind::Ban, "connect refused, 2 of 2 failures within 10 s; banned for 10 s"),
+                event(
+                    0,
+                    EventKind::Ban,
+                    "connect refused, 2 of 2 failures within 10 s; banned for 10 s",
+                ),
             ];
             if on_down == OnDown::Reset {
                 wanted.push(Action::ResetSessions(BackendId(0)));
             }
             assert_eq!(lab.fail(0, Failure::Refused, 4.0), wanted);
             let status = lab.status(0, 7.0);
-            assert_eq!(status.reason, "connect refused, 2 of 2 failures within 10 s; probed again in 7 s");
-            assert_eq!((status.since_ms, status.connect_failures_total, status.ejections.refused), (3000, 2, 1));
+            assert_eq!(
+                status.reason,
+                "connect refused, 2 of 2 failures within 10 s; probed again in 7 s"
+            );
+            assert_eq!(
+                (status.since_ms, status.connect_failures_total, status.ejections.refused),
+                (3000, 2, 1)
+            );
         }
     }
 
@@ -1023,23 +1179,48 @@ mod tests {
     }
 
     #[test]
+    fn another_connection_that_gives_up_does_not_take_the_probe_along() {
+        let mut lab = Lab::new(2);
+        lab.ban(0, 0.0);
+        assert!(lab.attempt(0, 9.9).0.fail_open);
+        assert!(lab.attempt(0, 10.0).0.probe);
+        lab.pool.abandoned(BackendId(0), at(10.1));
+        assert_eq!(lab.state(0, 10.1), State::Probing);
+        lab.pool.abandoned(BackendId(0), at(10.2));
+        assert_eq!(lab.state(0, 10.2), State::Banned, "now it was the probe for sure");
+    }
+
+    #[test]
     fn local_errors_are_never_counted_against_a_backend() {
         let mut lab = Lab::new(2);
         for _ in 0..100 {
             assert_eq!(lab.fail(0, Failure::Local, 0.0), []);
         }
         let status = lab.status(0, 0.0);
-        assert_eq!((status.state, status.connect_failures_total, status.sessions), (State::Healthy, 0, 0));
+        assert_eq!(
+            (status.state, status.connect_failures_total, status.sessions),
+            (State::Healthy, 0, 0)
+        );
     }
 
     #[test]
     fn a_lone_backend_is_never_banned() {
         for nginx in [false, true] {
-            let passive = Passive { nginx, ..SETTINGS.passive };
+            let passive = Passive {
+                nginx,
+                ..SETTINGS.passive
+            };
             let mut lab = Lab::with(1, Settings { passive, ..SETTINGS });
             for second in 0..10 {
                 let actions = lab.fail(0, Failure::Refused, f64::from(second));
-                assert_eq!(actions, [event(0, EventKind::Failure, "connect refused (the only backend stays in use)")]);
+                assert_eq!(
+                    actions,
+                    [event(
+                        0,
+                        EventKind::Failure,
+                        "connect refused (the only backend stays in use)"
+                    )]
+                );
                 assert!(!lab.attempt(0, f64::from(second)).0.fail_open);
             }
             assert_eq!(lab.status(0, 10.0).connect_failures_total, 10);
@@ -1059,8 +1240,17 @@ mod tests {
     fn max_fails_0_switches_passive_health_off() {
         let mut lab = Lab::new(2);
         lab.ban(0, 0.0);
-        let off = Settings { passive: Passive { max_fails: 0, ..SETTINGS.passive }, ..SETTINGS };
-        assert_eq!(kinds(&lab.pool.reconfigure(off, &backends(2), at(1.0))), [EventKind::Up]);
+        let off = Settings {
+            passive: Passive {
+                max_fails: 0,
+                ..SETTINGS.passive
+            },
+            ..SETTINGS
+        };
+        assert_eq!(
+            kinds(&lab.pool.reconfigure(off, &backends(2), at(1.0))),
+            [EventKind::Up]
+        );
         for _ in 0..10 {
             lab.fail(0, Failure::Refused, 1.0);
         }
@@ -1093,15 +1283,28 @@ mod tests {
         assert_eq!(kinds(&lab.attempt(0, 1.0).1), [EventKind::FailOpen]);
         assert_eq!(kinds(&lab.attempt(1, 1.0).1), [EventKind::FailOpen]);
         assert_eq!(lab.attempt(0, 9.9).1, []);
-        let forever = Passive { fail_timeout: Duration::from_secs(3600), ..SETTINGS.passive };
-        lab.pool.reconfigure(Settings { passive: forever, ..SETTINGS }, &backends(2), at(9.9));
+        let forever = Passive {
+            fail_timeout: Duration::from_secs(3600),
+            ..SETTINGS.passive
+        };
+        lab.pool.reconfigure(
+            Settings {
+                passive: forever,
+                ..SETTINGS
+            },
+            &backends(2),
+            at(9.9),
+        );
         assert_eq!(kinds(&lab.attempt(0, 11.0).1), [EventKind::FailOpen]);
     }
 
     #[test]
     fn a_connection_that_failed_open_and_succeeded_ends_the_ban() {
         for nginx in [false, true] {
-            let passive = Passive { nginx, ..SETTINGS.passive };
+            let passive = Passive {
+                nginx,
+                ..SETTINGS.passive
+            };
             let mut lab = Lab::with(2, Settings { passive, ..SETTINGS });
             lab.ban(0, 0.0);
             lab.ban(1, 0.0);
@@ -1116,7 +1319,9 @@ mod tests {
         let mut lab = Lab::new(2);
         lab.ban(0, 0.0);
         lab.ban(1, 0.0);
-        let told = (0..1000).map(|n| lab.fail(0, Failure::Refused, 1.0 + f64::from(n) / 1000.0).len()).sum::<usize>();
+        let told = (0..1000)
+            .map(|n| lab.fail(0, Failure::Refused, 1.0 + f64::from(n) / 1000.0).len())
+            .sum::<usize>();
         assert!(told <= 2, "{told} events in a second");
         assert!(lab.attempt(0, 10.0).0.probe);
     }
@@ -1150,7 +1355,8 @@ mod tests {
         let mut lab = Lab::new(2);
         lab.fail(0, Failure::Timeout, 0.0);
         lab.attempt(0, 1.0);
-        lab.pool.failed(BackendId(0), Failure::Timeout, || Some(Duration::ZERO), at(1.0));
+        lab.pool
+            .failed(BackendId(0), Failure::Timeout, || Some(Duration::ZERO), at(1.0));
         lab.attempt(0, 9.5);
         let actions = lab.pool.failed(BackendId(0), Failure::Timeout, || None, at(9.5));
         assert!(kinds(&actions).contains(&EventKind::Ban));
@@ -1176,7 +1382,13 @@ mod tests {
             lab.attempt(0, 1.0);
             let actions = lab.pool.failed(BackendId(0), Failure::Timeout, never, at(1.0));
             assert!(kinds(&actions).contains(&EventKind::Ban));
-            assert_eq!(lab.status(0, 1.0).ejections, Ejections { timeout: 1, ..Ejections::default() });
+            assert_eq!(
+                lab.status(0, 1.0).ejections,
+                Ejections {
+                    timeout: 1,
+                    ..Ejections::default()
+                }
+            );
         }
     }
 
@@ -1185,8 +1397,15 @@ mod tests {
         let mut lab = Lab::new(2);
         lab.connect(0, 0.0);
         let drained = lab.pool.drain(&address(0), true, at(1.0));
-        assert_eq!(drained, Some(vec![event(0, EventKind::Drain, "drained by an operator")]));
-        assert_eq!(lab.pool.drain(&address(0), true, at(1.5)), Some(vec![]), "no change, no event");
+        assert_eq!(
+            drained,
+            Some(vec![event(0, EventKind::Drain, "drained by an operator")])
+        );
+        assert_eq!(
+            lab.pool.drain(&address(0), true, at(1.5)),
+            Some(vec![]),
+            "no change, no event"
+        );
         assert_eq!(lab.pool.drain(&address(7), true, at(1.5)), None);
         for _ in 0..10 {
             assert_eq!(lab.pick(2.0).id, BackendId(1));
@@ -1194,8 +1413,14 @@ mod tests {
         lab.ban(1, 2.0);
         assert_eq!(lab.pool.pick(CLIENT, &[BackendId(1)], at(2.0)).0, None);
         let status = lab.status(0, 3.0);
-        assert_eq!((status.state, status.sessions, status.since_ms), (State::Drained, 1, 2000));
-        assert_eq!(kinds(&lab.pool.drain(&address(0), false, at(4.0)).expect("known")), [EventKind::Undrain]);
+        assert_eq!(
+            (status.state, status.sessions, status.since_ms),
+            (State::Drained, 1, 2000)
+        );
+        assert_eq!(
+            kinds(&lab.pool.drain(&address(0), false, at(4.0)).expect("known")),
+            [EventKind::Undrain]
+        );
         assert_eq!(lab.pick(4.0).id, BackendId(0));
     }
 
@@ -1204,7 +1429,9 @@ mod tests {
         let mut backends = backends(3);
         backends[1].backup = true;
         backends[2].backup = true;
-        let mut lab = Lab { pool: Pool::new(SETTINGS, &backends, at(0.0)) };
+        let mut lab = Lab {
+            pool: Pool::new(SETTINGS, &backends, at(0.0)),
+        };
         for _ in 0..10 {
             assert_eq!(lab.pick(0.0).id, BackendId(0));
         }
@@ -1212,22 +1439,37 @@ mod tests {
         let (pick, _) = lab.pool.pick(CLIENT, &tried, at(0.0));
         assert_eq!(pick.map(|pick| (pick.id, pick.fail_open)), Some((BackendId(1), false)));
         lab.ban(0, 1.0);
-        assert_eq!([lab.pick(2.0).id, lab.pick(2.0).id], [2, 1].map(BackendId), "they take turns as well");
-        assert!((0..3).any(|_| lab.pick(11.0).probe), "a primary whose ban has run out comes before backups");
+        assert_eq!(
+            [lab.pick(2.0).id, lab.pick(2.0).id],
+            [2, 1].map(BackendId),
+            "they take turns as well"
+        );
+        assert!(
+            (0..3).any(|_| lab.pick(11.0).probe),
+            "a primary whose ban has run out comes before backups"
+        );
     }
 
     #[test]
     fn weights_5_1_1_give_the_smooth_sequence() {
         let mut backends = backends(3);
         backends[0].weight = 5;
-        let mut lab = Lab { pool: Pool::new(SETTINGS, &backends, at(0.0)) };
+        let mut lab = Lab {
+            pool: Pool::new(SETTINGS, &backends, at(0.0)),
+        };
         let sequence: Vec<u32> = (0..7).map(|_| lab.pick(0.0).id.0).collect();
         assert_eq!(sequence, [0, 0, 1, 0, 2, 0, 0]);
     }
 
     #[test]
     fn connects_in_flight_count_as_sessions() {
-        let mut lab = Lab::with(3, Settings { balance: Balance::LeastConnections, ..SETTINGS });
+        let mut lab = Lab::with(
+            3,
+            Settings {
+                balance: Balance::LeastConnections,
+                ..SETTINGS
+            },
+        );
         for round in 1..=2 {
             let ids: BTreeSet<BackendId> = (0..3).map(|_| lab.pick(0.0).id).collect();
             assert_eq!(ids.len(), 3, "round {round}");
@@ -1236,14 +1478,20 @@ mod tests {
         lab.pool.connected(BackendId(1), MS, at(0.1));
         lab.pool.closed(BackendId(1), at(0.2));
         assert_eq!(lab.pick(0.3).id, BackendId(1));
-        assert_eq!((0..3).map(|index| lab.status(index, 0.3).sessions).collect::<Vec<_>>(), [2, 2, 2]);
+        assert_eq!(
+            (0..3).map(|index| lab.status(index, 0.3).sessions).collect::<Vec<_>>(),
+            [2, 2, 2]
+        );
         assert_eq!(lab.status(1, 0.3).connections_total, 2);
         assert_eq!(lab.status(1, 0.3).connect_latency.count(), 2);
     }
 
     #[test]
     fn a_lost_backend_moves_only_its_own_clients() {
-        let source = Settings { balance: Balance::Source, ..SETTINGS };
+        let source = Settings {
+            balance: Balance::Source,
+            ..SETTINGS
+        };
         let mut lab = Lab::with(5, source.clone());
         let clients: Vec<IpAddr> = (0..200).map(|n| IpAddr::from([198, 51, 100, n])).collect();
         let of = |lab: &mut Lab, client| lab.pool.pick(client, &[], at(1.0)).0.expect("a pick").id;
@@ -1260,7 +1508,13 @@ mod tests {
 
     #[test]
     fn nginx_passive_health_fails_open_where_nginx_gives_up() {
-        let mut lab = Lab::with(2, Settings { passive: NGINX, ..SETTINGS });
+        let mut lab = Lab::with(
+            2,
+            Settings {
+                passive: NGINX,
+                ..SETTINGS
+            },
+        );
         lab.fail(0, Failure::Refused, 0.0);
         lab.fail(1, Failure::Refused, 1.0);
         let pick = lab.pick(2.0);
@@ -1272,7 +1526,9 @@ mod tests {
         let passive = Passive { max_fails: 2, ..NGINX };
         let mut backends = backends(2);
         backends.iter_mut().for_each(|backend| backend.weight = 4);
-        let mut lab = Lab { pool: Pool::new(Settings { passive, ..SETTINGS }, &backends, at(0.0)) };
+        let mut lab = Lab {
+            pool: Pool::new(Settings { passive, ..SETTINGS }, &backends, at(0.0)),
+        };
         for _ in 0..2 {
             lab.pick(0.0);
         }
@@ -1296,12 +1552,14 @@ mod tests {
         backends[2].backup = true;
         assert_eq!(lab.pool.reconfigure(SETTINGS, &backends, at(1.0)), []);
         let status = lab.pool.status(at(1.0));
-        assert_eq!(status.iter().map(|status| status.backend.as_str()).collect::<Vec<_>>(), [
-            "[2001:db8::2]:6443",
-            "[2001:db8::1]:6443",
-            "[2001:db8::]:6443"
-        ]);
-        assert_eq!((status[0].weight, status[2].backup, status[2].state), (7, true, State::Banned));
+        assert_eq!(
+            status.iter().map(|status| status.backend.as_str()).collect::<Vec<_>>(),
+            ["[2001:db8::2]:6443", "[2001:db8::1]:6443", "[2001:db8::]:6443"]
+        );
+        assert_eq!(
+            (status[0].weight, status[2].backup, status[2].state),
+            (7, true, State::Banned)
+        );
         assert_eq!((status[1].sessions, status[1].connections_total), (1, 1));
         assert_eq!(lab.pool.id_of(&address(2)), [BackendId(2)]);
         lab.fail(2, Failure::Refused, 2.0);
@@ -1324,7 +1582,10 @@ mod tests {
         let again = lab.status(2, 2.0);
         assert_eq!((again.state, again.sessions), (State::Drained, 1), "the same one again");
         assert_eq!(lab.pool.id_of(&address(2)), [BackendId(2)]);
-        assert_eq!(kinds(&lab.pool.drain(&address(2), false, at(2.0)).expect("known")), [EventKind::Undrain]);
+        assert_eq!(
+            kinds(&lab.pool.drain(&address(2), false, at(2.0)).expect("known")),
+            [EventKind::Undrain]
+        );
         assert_eq!(lab.state(2, 2.0), State::Banned);
 
         lab.pool.reconfigure(SETTINGS, &backends(2), at(3.0));
@@ -1346,7 +1607,14 @@ mod tests {
         assert_eq!(lab.pool.connected(BackendId(2), MS, at(1.0)), []);
         lab.pool.abandoned(BackendId(2), at(1.0));
         lab.pool.closed(BackendId(2), at(1.0));
-        assert_eq!(lab.pool.retired.iter().map(|endpoint| endpoint.share.sessions).collect::<Vec<_>>(), [0]);
+        assert_eq!(
+            lab.pool
+                .retired
+                .iter()
+                .map(|endpoint| endpoint.share.sessions)
+                .collect::<Vec<_>>(),
+            [0]
+        );
     }
 
     #[test]
@@ -1359,14 +1627,27 @@ mod tests {
         assert!((0..4).all(|_| lab.pick(0.0).id == BackendId(0)));
 
         let actions = lab.resolve(&[2, 1, 2], 1.0);
-        assert_eq!(actions, [
-            event(2, EventKind::Resolve, "cp.fleet:6443 resolves to 192.0.2.1"),
-            event(3, EventKind::Resolve, "cp.fleet:6443 resolves to 192.0.2.2"),
-        ]);
+        assert_eq!(
+            actions,
+            [
+                event(2, EventKind::Resolve, "cp.fleet:6443 resolves to 192.0.2.1"),
+                event(3, EventKind::Resolve, "cp.fleet:6443 resolves to 192.0.2.2"),
+            ]
+        );
         assert_eq!(lab.resolve(&[1, 2], 2.0), [], "another order is no change");
         assert_eq!(lab.pool.id_of(&name()), [2, 3].map(BackendId));
-        assert_eq!(lab.pool.name_of(BackendId(3)), Some("cp.fleet:6443 (192.0.2.2:6443)".into()));
-        assert_eq!(lab.pool.status(at(2.0)).iter().map(|status| status.weight).collect::<Vec<_>>(), [1, 3, 3]);
+        assert_eq!(
+            lab.pool.name_of(BackendId(3)),
+            Some("cp.fleet:6443 (192.0.2.2:6443)".into())
+        );
+        assert_eq!(
+            lab.pool
+                .status(at(2.0))
+                .iter()
+                .map(|status| status.weight)
+                .collect::<Vec<_>>(),
+            [1, 3, 3]
+        );
     }
 
     #[test]
@@ -1378,13 +1659,22 @@ mod tests {
         lab.pool.drain(&name(), true, at(0.0));
         let actions = lab.resolve(&[2, 3], 1.0);
         assert_eq!(kinds(&actions), [EventKind::Resolve, EventKind::Resolve]);
-        assert_eq!(actions[0], event(2, EventKind::Resolve, "cp.fleet:6443 no longer resolves to 192.0.2.1"));
-        assert_eq!(lab.pool.name_of(BackendId(2)), Some("cp.fleet:6443 (192.0.2.1:6443)".into()));
+        assert_eq!(
+            actions[0],
+            event(2, EventKind::Resolve, "cp.fleet:6443 no longer resolves to 192.0.2.1")
+        );
+        assert_eq!(
+            lab.pool.name_of(BackendId(2)),
+            Some("cp.fleet:6443 (192.0.2.1:6443)".into())
+        );
         let status = lab.pool.status(at(1.0));
-        assert_eq!(status[1..].iter().map(|status| (status.state, status.sessions)).collect::<Vec<_>>(), [
-            (State::Drained, 1),
-            (State::Drained, 0)
-        ]);
+        assert_eq!(
+            status[1..]
+                .iter()
+                .map(|status| (status.state, status.sessions))
+                .collect::<Vec<_>>(),
+            [(State::Drained, 1), (State::Drained, 0)]
+        );
 
         lab.pool.drain(&name(), false, at(1.0));
         let actions = lab.resolve(&[], 2.0);
@@ -1394,14 +1684,22 @@ mod tests {
         let ids = lab.pool.id_of(&name());
         assert_eq!(ids[..2], [2, 3].map(BackendId), "they still had sessions");
         assert!(ids[2] > BackendId(5));
-        assert!(lab.pool.status(at(3.0)).iter().all(|status| status.state == State::Healthy));
+        assert!(
+            lab.pool
+                .status(at(3.0))
+                .iter()
+                .all(|status| status.state == State::Healthy)
+        );
     }
 
     #[test]
     fn resolving_what_is_no_name_changes_nothing() {
         let mut lab = named();
         assert_eq!(lab.pool.set_addresses(&address(0), &[socket(1)], at(0.0)), []);
-        let other = Address::Name { host: "other.fleet".into(), port: 6443 };
+        let other = Address::Name {
+            host: "other.fleet".into(),
+            port: 6443,
+        };
         assert_eq!(lab.pool.set_addresses(&other, &[socket(1)], at(0.0)), []);
         assert_eq!(lab.pool.status(at(0.0)).len(), 2);
     }
@@ -1412,12 +1710,18 @@ mod tests {
         assert_eq!(kinds(&lab.check(0, refused(), 0.0)), [EventKind::Check]);
         assert_eq!(lab.check(0, refused(), 2.0), []);
         let actions = lab.check(0, refused(), 4.0);
-        assert_eq!(actions, [
-            event(0, EventKind::Down, "3 checks failed in a row: connect refused"),
-            Action::ResetSessions(BackendId(0))
-        ]);
+        assert_eq!(
+            actions,
+            [
+                event(0, EventKind::Down, "3 checks failed in a row: connect refused"),
+                Action::ResetSessions(BackendId(0))
+            ]
+        );
         let status = lab.status(0, 5.0);
-        assert_eq!((status.state, status.since_ms, status.ejections.check), (State::Down, 1000, 1));
+        assert_eq!(
+            (status.state, status.since_ms, status.ejections.check),
+            (State::Down, 1000, 1)
+        );
         assert_eq!(status.reason, "3 checks failed in a row: connect refused");
         assert!((0..4).all(|_| lab.pick(5.0).id == BackendId(1)));
         assert_eq!(lab.pool.targets().len(), 2, "checks go on");
@@ -1433,8 +1737,15 @@ mod tests {
         for second in [0.0, 2.0] {
             lab.check(0, timed_out(), second);
         }
-        assert_eq!(kinds(&lab.check(0, timed_out(), 4.0)), [EventKind::Veto], "it accepted a second ago");
-        assert_eq!((lab.state(0, 4.0), lab.status(0, 4.0).vetoes_total), (State::Healthy, 1));
+        assert_eq!(
+            kinds(&lab.check(0, timed_out(), 4.0)),
+            [EventKind::Veto],
+            "it accepted a second ago"
+        );
+        assert_eq!(
+            (lab.state(0, 4.0), lab.status(0, 4.0).vetoes_total),
+            (State::Healthy, 1)
+        );
         let proof = || Some(Duration::from_secs(1));
         assert_eq!(lab.pool.checked(BackendId(0), timed_out(), proof, at(6.0)), []);
         assert_eq!(lab.status(0, 6.0).vetoes_total, 2);
@@ -1462,7 +1773,11 @@ mod tests {
             lab.check(0, CheckOutcome::Good, second);
         }
         lab.ban(0, 2.0);
-        assert_eq!(lab.check(0, CheckOutcome::Good, 3.0), [], "those before the ban say nothing");
+        assert_eq!(
+            lab.check(0, CheckOutcome::Good, 3.0),
+            [],
+            "those before the ban say nothing"
+        );
         let up = event(0, EventKind::Up, "2 checks good in a row; the ban ends early");
         assert_eq!(lab.check(0, CheckOutcome::Good, 4.0), [up]);
         assert_eq!(lab.state(0, 4.0), State::Healthy);
@@ -1473,9 +1788,20 @@ mod tests {
         let mut lab = Lab::new(3);
         lab.down(0, 0.0);
         lab.check(1, CheckOutcome::NotReady("answers 500".into()), 0.0);
-        let off = Settings { rounds: None, ..SETTINGS };
-        assert_eq!(kinds(&lab.pool.reconfigure(off.clone(), &backends(3), at(1.0))), [EventKind::Up; 2]);
-        assert!(lab.pool.status(at(1.0)).iter().all(|status| status.state == State::Healthy));
+        let off = Settings {
+            rounds: None,
+            ..SETTINGS
+        };
+        assert_eq!(
+            kinds(&lab.pool.reconfigure(off.clone(), &backends(3), at(1.0))),
+            [EventKind::Up; 2]
+        );
+        assert!(
+            lab.pool
+                .status(at(1.0))
+                .iter()
+                .all(|status| status.state == State::Healthy)
+        );
         assert_eq!(lab.pool.reconfigure(off, &backends(3), at(2.0)), []);
         assert_eq!(lab.check(0, refused(), 2.0), [], "an answer that was under way");
     }
@@ -1489,7 +1815,10 @@ mod tests {
             lab.fail(0, Failure::Refused, 1.0);
         }
         let status = lab.status(0, 1.0);
-        assert_eq!((status.state, status.ejections.refused, status.connect_failures_total), (State::Down, 0, 10));
+        assert_eq!(
+            (status.state, status.ejections.refused, status.connect_failures_total),
+            (State::Down, 0, 10)
+        );
     }
 
     #[test]
@@ -1567,7 +1896,10 @@ mod tests {
         heir.pool.restore(&through_json(&lab.pool.snapshot(at(1.0))), at(1.0));
         heir.attempt(0, 9.0);
         let actions = heir.pool.failed(BackendId(0), Failure::Timeout, never, at(9.0));
-        assert!(kinds(&actions).contains(&EventKind::Ban), "and knows that it holds a refusal");
+        assert!(
+            kinds(&actions).contains(&EventKind::Ban),
+            "and knows that it holds a refusal"
+        );
     }
 
     #[test]
@@ -1610,18 +1942,29 @@ mod tests {
         let status = lab.status(0, 0.0);
         assert_eq!((status.connections_total, status.state), (5, State::Banned));
         assert_eq!(status.connect_latency, Histogram::default());
-        assert_eq!(serde_json::from_str::<Snapshot>("{}").expect("it reads"), Snapshot::default());
+        assert_eq!(
+            serde_json::from_str::<Snapshot>("{}").expect("it reads"),
+            Snapshot::default()
+        );
     }
 
     const SETTINGS: Settings = Settings {
         balance: Balance::RoundRobin,
-        passive: Passive { max_fails: 2, fail_timeout: Duration::from_secs(10), nginx: false },
+        passive: Passive {
+            max_fails: 2,
+            fail_timeout: Duration::from_secs(10),
+            nginx: false,
+        },
         connect_timeout: Duration::from_secs(1),
         on_down: OnDown::Reset,
         rounds: Some(Rounds { rise: 2, fall: 3 }),
         seed: 1,
     };
-    const NGINX: Passive = Passive { max_fails: 1, fail_timeout: Duration::from_secs(10), nginx: true };
+    const NGINX: Passive = Passive {
+        max_fails: 1,
+        fail_timeout: Duration::from_secs(10),
+        nginx: true,
+    };
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 1));
     const MS: Duration = Duration::from_millis(1);
 
@@ -1641,7 +1984,13 @@ mod tests {
     }
 
     fn backends(count: u16) -> Vec<config::Backend> {
-        (0..count).map(|index| config::Backend { address: address(index), weight: 1, backup: false }).collect()
+        (0..count)
+            .map(|index| config::Backend {
+                address: address(index),
+                weight: 1,
+                backup: false,
+            })
+            .collect()
     }
 
     fn name() -> Address {
@@ -1655,12 +2004,22 @@ mod tests {
     /// A fixed backend and a name of weight 3 that does not resolve yet.
     fn named() -> Lab {
         let mut backends = backends(1);
-        backends.push(config::Backend { address: name(), weight: 3, backup: false });
-        Lab { pool: Pool::new(SETTINGS, &backends, at(0.0)) }
+        backends.push(config::Backend {
+            address: name(),
+            weight: 3,
+            backup: false,
+        });
+        Lab {
+            pool: Pool::new(SETTINGS, &backends, at(0.0)),
+        }
     }
 
     fn event(id: u32, kind: EventKind, reason: &str) -> Action {
-        Action::Event { id: BackendId(id), kind, reason: reason.into() }
+        Action::Event {
+            id: BackendId(id),
+            kind,
+            reason: reason.into(),
+        }
     }
 
     fn kinds(actions: &[Action]) -> Vec<EventKind> {
@@ -1672,11 +2031,17 @@ mod tests {
     }
 
     fn refused() -> CheckOutcome {
-        CheckOutcome::Bad { reason: "connect refused".into(), timeout: false }
+        CheckOutcome::Bad {
+            reason: "connect refused".into(),
+            timeout: false,
+        }
     }
 
     fn timed_out() -> CheckOutcome {
-        CheckOutcome::Bad { reason: "no answer within 1 s".into(), timeout: true }
+        CheckOutcome::Bad {
+            reason: "no answer within 1 s".into(),
+            timeout: true,
+        }
     }
 
     fn through_json(snapshot: &Snapshot) -> Snapshot {
@@ -1697,7 +2062,9 @@ mod tests {
         }
 
         fn with(count: u16, settings: Settings) -> Self {
-            Self { pool: Pool::new(settings, &backends(count), at(0.0)) }
+            Self {
+                pool: Pool::new(settings, &backends(count), at(0.0)),
+            }
         }
 
         fn id(&self, index: u16) -> BackendId {

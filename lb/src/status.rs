@@ -148,8 +148,15 @@ pub enum State {
 
 impl State {
     /// Every state, for one-hot metrics.
-    pub const ALL: [Self; 7] =
-        [Self::Unresolved, Self::Drained, Self::Down, Self::Banned, Self::Probing, Self::NotReady, Self::Healthy];
+    pub const ALL: [Self; 7] = [
+        Self::Unresolved,
+        Self::Drained,
+        Self::Down,
+        Self::Banned,
+        Self::Probing,
+        Self::NotReady,
+        Self::Healthy,
+    ];
 
     /// As in JSON and metrics.
     pub const fn name(self) -> &'static str {
@@ -194,9 +201,14 @@ impl Histogram {
     /// Counts one connect.
     pub fn record(&mut self, took: std::time::Duration) {
         let ms = took.as_secs_f64() * 1e3;
-        let bucket = Self::BOUNDS_MS.iter().position(|bound| ms <= *bound).unwrap_or(Self::BOUNDS_MS.len());
+        let bucket = Self::BOUNDS_MS
+            .iter()
+            .position(|bound| ms <= *bound)
+            .unwrap_or(Self::BOUNDS_MS.len());
         self.buckets[bucket] += 1;
-        self.sum_us = self.sum_us.saturating_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        self.sum_us = self
+            .sum_us
+            .saturating_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
     }
 
     /// Connects counted.

@@ -30,7 +30,11 @@ impl<T> Wheel<T> {
     /// An empty wheel at `now`.
     pub fn new(now: Moment) -> Self {
         let slots = (0..SLOTS).map(|_| Vec::new()).collect();
-        Self { slots, occupied: [0; (SLOTS / 64) as usize], fired: tick_of(now).saturating_sub(1) }
+        Self {
+            slots,
+            occupied: [0; (SLOTS / 64) as usize],
+            fired: tick_of(now).saturating_sub(1),
+        }
     }
 
     /// Sets a timer for tick `tick` or the last one within the horizon (about 32 s), whichever is earlier, and never

@@ -104,7 +104,9 @@ impl Life {
         self.heed(&actions);
         let Some(pick) = pick else {
             // Only if nothing is left: every other endpoint was tried or is drained.
-            let left = before.iter().find(|(id, state)| !tried.contains(id) && **state != State::Drained);
+            let left = before
+                .iter()
+                .find(|(id, state)| !tried.contains(id) && **state != State::Drained);
             assert_eq!(left, None);
             self.seen.insert("none");
             return;
@@ -119,7 +121,9 @@ impl Life {
         } else {
             self.seen.insert("fail open");
             assert!(!pick.probe);
-            let better = before.iter().find(|(id, state)| !tried.contains(id) && **state == State::Healthy);
+            let better = before
+                .iter()
+                .find(|(id, state)| !tried.contains(id) && **state == State::Healthy);
             assert_eq!(better, None, "there was a healthy one");
         }
         if pick.probe {
@@ -140,11 +144,15 @@ impl Life {
         }
         let index = self.random.below(self.connecting.len() as u64) as usize;
         let Attempt { pick, at } = self.connecting.swap_remove(index);
-        // Any answer may end the probing, the probe's own or another's: what matters is that no second probe begins
-        // while nothing has come back.
-        self.probes.remove(&pick.id);
         let alive = (self.random.below(2) == 0).then_some(Duration::from_secs(1));
-        let actions = match self.random.below(10) {
+        let kind = self.random.below(10);
+        let others = self.connecting.iter().any(|attempt| attempt.pick.id == pick.id);
+        // The backend's answer may end the probing, the probe's own or another's. An end without an answer may do so
+        // only if it is the probe's for sure.
+        if !((4..=5).contains(&kind) && others) {
+            self.probes.remove(&pick.id);
+        }
+        let actions = match kind {
             0..4 => {
                 self.established.push(pick.id);
                 self.pool.connected(pick.id, self.now - at, self.now)
@@ -180,8 +188,14 @@ impl Life {
         let outcome = match self.random.below(6) {
             0..3 => CheckOutcome::Good,
             3 => CheckOutcome::NotReady("answers 500".into()),
-            4 => CheckOutcome::Bad { reason: "connect refused".into(), timeout: false },
-            _ => CheckOutcome::Bad { reason: "no answer".into(), timeout: true },
+            4 => CheckOutcome::Bad {
+                reason: "connect refused".into(),
+                timeout: false,
+            },
+            _ => CheckOutcome::Bad {
+                reason: "no answer".into(),
+                timeout: true,
+            },
         };
         let alive = (self.random.below(2) == 0).then_some(Duration::ZERO);
         // Enough good checks end a ban, and a ban that follows has a probe of its own.
@@ -227,14 +241,19 @@ impl Life {
         let statuses = self.pool.status(self.now);
         self.drained.retain(|address| {
             let text = address.to_string();
-            statuses.iter().any(|status| status.backend == text && status.state == State::Drained)
+            statuses
+                .iter()
+                .any(|status| status.backend == text && status.state == State::Drained)
         });
         if !self.configured.iter().any(|backend| backend.address == name()) {
             self.resolved.clear();
         }
         // A name that has just come (back) is not resolved.
         let name = name().to_string();
-        if statuses.iter().any(|status| status.backend == name && status.state == State::Unresolved) {
+        if statuses
+            .iter()
+            .any(|status| status.backend == name && status.state == State::Unresolved)
+        {
             self.resolved.clear();
             // Nor does its state tell whether it is drained.
             self.pool.drain(&self::name(), false, self.now);
@@ -255,7 +274,14 @@ impl Life {
         let comparable = |pool: &Pool| {
             let statuses = pool.status(self.now).into_iter();
             let state = |state| if state == State::Probing { State::Banned } else { state };
-            let key = statuses.map(|status| (status.backend, status.address, state(status.state), status.connections_total));
+            let key = statuses.map(|status| {
+                (
+                    status.backend,
+                    status.address,
+                    state(status.state),
+                    status.connections_total,
+                )
+            });
             key.collect::<Vec<_>>()
         };
         assert_eq!(comparable(&heir), comparable(&self.pool));
@@ -307,7 +333,10 @@ impl Life {
     fn check(&mut self, at: &str) {
         let statuses = self.pool.status(self.now);
         let targets = self.pool.targets();
-        let addressed: Vec<_> = statuses.iter().filter_map(|status| Some((status, status.address?))).collect();
+        let addressed: Vec<_> = statuses
+            .iter()
+            .filter_map(|status| Some((status, status.address?)))
+            .collect();
         assert_eq!(addressed.len(), targets.len(), "{at}");
         for ((status, address), (id, entry, target)) in addressed.iter().zip(&targets) {
             assert_eq!((status.backend.clone(), address), (entry.to_string(), target), "{at}");
@@ -327,10 +356,22 @@ impl Life {
                 Address::Name { .. } => wanted.extend(self.resolved.iter().copied().map(Some)),
             }
         }
-        assert_eq!(statuses.iter().map(|status| status.address).collect::<Vec<_>>(), wanted, "{at}");
+        assert_eq!(
+            statuses.iter().map(|status| status.address).collect::<Vec<_>>(),
+            wanted,
+            "{at}"
+        );
         if targets.len() == 1 {
-            assert!(!matches!(statuses.iter().find(|status| status.address.is_some()).map(|status| status.state),
-                Some(State::Banned | State::Probing)), "{at}: a lone backend is never banned");
+            assert!(
+                !matches!(
+                    statuses
+                        .iter()
+                        .find(|status| status.address.is_some())
+                        .map(|status| status.state),
+                    Some(State::Banned | State::Probing)
+                ),
+                "{at}: a lone backend is never banned"
+            );
         }
         for status in &statuses {
             assert!(!status.reason.is_empty(), "{at}");
@@ -359,20 +400,40 @@ impl Life {
     }
 
     fn state(&self, id: BackendId) -> State {
-        let at = self.pool.targets().iter().position(|(other, ..)| *other == id).expect("a target");
-        let mut resolved = self.pool.status(self.now).into_iter().filter(|status| status.address.is_some());
+        let at = self
+            .pool
+            .targets()
+            .iter()
+            .position(|(other, ..)| *other == id)
+            .expect("a target");
+        let mut resolved = self
+            .pool
+            .status(self.now)
+            .into_iter()
+            .filter(|status| status.address.is_some());
         resolved.nth(at).expect("as many as targets").state
     }
 
     /// The least time for which a probe holds others off; nginx's rule is in whole seconds.
     fn lapse(&self) -> Duration {
-        let Passive { nginx, fail_timeout, .. } = self.settings.passive;
-        if nginx { fail_timeout } else { self.settings.connect_timeout + Duration::from_secs(1) }
+        let Passive {
+            nginx, fail_timeout, ..
+        } = self.settings.passive;
+        if nginx {
+            fail_timeout
+        } else {
+            self.settings.connect_timeout + Duration::from_secs(1)
+        }
     }
 }
 
 fn settings(random: &mut Random) -> Settings {
-    let balances = [Balance::LeastConnections, Balance::RoundRobin, Balance::Source, Balance::RandomTwo];
+    let balances = [
+        Balance::LeastConnections,
+        Balance::RoundRobin,
+        Balance::Source,
+        Balance::RandomTwo,
+    ];
     Settings {
         balance: balances[random.below(4) as usize],
         passive: Passive {
@@ -381,7 +442,11 @@ fn settings(random: &mut Random) -> Settings {
             nginx: random.below(2) == 0,
         },
         connect_timeout: Duration::from_secs(1),
-        on_down: if random.below(2) == 0 { OnDown::Reset } else { OnDown::Keep },
+        on_down: if random.below(2) == 0 {
+            OnDown::Reset
+        } else {
+            OnDown::Keep
+        },
         rounds: (random.below(3) > 0).then_some(Rounds { rise: 2, fall: 3 }),
         seed: random.below(3),
     }
@@ -392,8 +457,16 @@ fn backends(random: &mut Random) -> Vec<Backend> {
     let mut backends: Vec<Backend> = Vec::new();
     for index in 0..6 {
         if random.below(3) > 0 || (index == 5 && backends.is_empty()) {
-            let address = if index == 5 { name() } else { Address::Ip(SocketAddr::from(([192, 0, 2, 100 + index], 6443))) };
-            let backend = Backend { address, weight: 1 + random.below(5) as u16, backup: random.below(4) == 0 };
+            let address = if index == 5 {
+                name()
+            } else {
+                Address::Ip(SocketAddr::from(([192, 0, 2, 100 + index], 6443)))
+            };
+            let backend = Backend {
+                address,
+                weight: 1 + random.below(5) as u16,
+                backup: random.below(4) == 0,
+            };
             let place = random.below(backends.len() as u64 + 1) as usize;
             backends.insert(place, backend);
         }

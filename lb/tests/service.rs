@@ -94,7 +94,11 @@ fn a_half_closed_session_that_stays_silent_is_reset() {
     client.shutdown(Shutdown::Write).expect("half-close");
     let begun = Instant::now();
     assert!(client.read(&mut [0; 1]).is_err(), "a reset, not an answer");
-    assert!((900..3000).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
+    assert!(
+        (900..3000).contains(&begun.elapsed().as_millis()),
+        "{:?}",
+        begun.elapsed()
+    );
 }
 
 #[test]
@@ -131,9 +135,14 @@ fn a_reset_on_one_side_is_a_reset_on_the_other() {
 
     let mut client = lb.connect();
     client.write_all(b"?").expect("a byte");
-    lb.wait("the byte is through", |status| status.frontends[0].backends[0].bytes_up_total == 2);
+    lb.wait("the byte is through", |status| {
+        status.frontends[0].backends[0].bytes_up_total == 2
+    });
     reset(client);
-    assert_eq!(resets.recv_timeout(SOON).expect("an end"), Err(std::io::ErrorKind::ConnectionReset));
+    assert_eq!(
+        resets.recv_timeout(SOON).expect("an end"),
+        Err(std::io::ErrorKind::ConnectionReset)
+    );
     lb.wait("sessions end", |status| status.frontends[0].sessions == 0);
 }
 
@@ -147,10 +156,16 @@ fn a_refused_backend_costs_the_client_nothing_but_a_detour() {
     assert!(status.frontends[0].retries_total >= 2);
     assert_eq!(status.frontends[0].failed_total, 0);
     assert_eq!(status.frontends[0].backends[0].state, State::Banned);
-    let Answer::Why { backends } = lb.ask(Request::Why { backend: status.frontends[0].backends[0].backend.clone() }) else {
+    let Answer::Why { backends } = lb.ask(Request::Why {
+        backend: status.frontends[0].backends[0].backend.clone(),
+    }) else {
         panic!("an account of the backend")
     };
-    assert!(backends[0].events.iter().any(|event| event.kind == EventKind::Ban), "{:?}", backends[0].events);
+    assert!(
+        backends[0].events.iter().any(|event| event.kind == EventKind::Ban),
+        "{:?}",
+        backends[0].events
+    );
 }
 
 #[test]
@@ -180,8 +195,15 @@ fn a_reload_takes_listeners_and_backends_in_and_out_and_touches_no_session() {
     lb.reload(&text).expect("a good configuration");
     assert_eq!(ask_mark(&mut old), b'1', "the session stays where it is");
     assert_eq!(ask_mark(&mut lb.connect()), b'2', "the address serves the changed pool");
-    assert_eq!(ask_mark(&mut TcpStream::connect(listener).expect("the added listener")), b'2');
-    lb.reload(&format!("[[frontend]]\nname='h'\nlisten=['{}']\nbackends=['{second}']", lb.address)).expect("good");
+    assert_eq!(
+        ask_mark(&mut TcpStream::connect(listener).expect("the added listener")),
+        b'2'
+    );
+    lb.reload(&format!(
+        "[[frontend]]\nname='h'\nlisten=['{}']\nbackends=['{second}']",
+        lb.address
+    ))
+    .expect("good");
     assert_eq!(ask_mark(&mut lb.connect()), b'2', "the address changed hands");
     wait("the removed listener refuses", || TcpStream::connect(listener).is_err());
     assert_eq!(ask_mark(&mut old), b'1', "even now");
@@ -194,17 +216,40 @@ fn a_drained_backend_keeps_its_sessions_and_gets_none_and_the_drain_is_durable_f
     let mut sessions: Vec<TcpStream> = (0..4).map(|_| lb.connect()).collect();
     let marks: Vec<u8> = sessions.iter_mut().map(ask_mark).collect();
     assert!(marks.contains(&b'1') && marks.contains(&b'2'), "{marks:?}");
-    let Answer::Done { changed } = lb.ask(Request::Drain { backend: first.to_string() }) else { panic!("it is drained") };
+    let Answer::Done { changed } = lb.ask(Request::Drain {
+        backend: first.to_string(),
+    }) else {
+        panic!("it is drained")
+    };
     assert_eq!(changed, [format!("f/{first}")]);
-    assert_eq!(lb.commits(), [(Drain { frontend: "f".into(), backend: first.to_string() }, true)]);
+    assert_eq!(
+        lb.commits(),
+        [(
+            Drain {
+                frontend: "f".into(),
+                backend: first.to_string()
+            },
+            true
+        )]
+    );
     for _ in 0..6 {
         assert_eq!(ask_mark(&mut lb.connect()), b'2');
     }
     let after: Vec<u8> = sessions.iter_mut().map(ask_mark).collect();
     assert_eq!(after, marks);
-    assert!(matches!(lb.ask(Request::Undrain { backend: format!("f/{first}") }), Answer::Done { .. }));
+    assert!(matches!(
+        lb.ask(Request::Undrain {
+            backend: format!("f/{first}")
+        }),
+        Answer::Done { .. }
+    ));
     wait("it is used again", || ask_mark(&mut lb.connect()) == b'1');
-    assert!(matches!(lb.ask(Request::Drain { backend: "192.0.2.1:1".into() }), Answer::Refused { .. }));
+    assert!(matches!(
+        lb.ask(Request::Drain {
+            backend: "192.0.2.1:1".into()
+        }),
+        Answer::Refused { .. }
+    ));
 }
 
 #[test]
@@ -224,7 +269,11 @@ fn bans_and_their_story_outlive_the_worker() {
     let status = lb.status();
     assert_eq!(status.frontends[0].backends[0].state, State::Banned);
     assert_eq!(status.frontends[0].connections_total, before);
-    let Answer::Why { backends } = lb.ask(Request::Why { backend: bad.to_string() }) else { panic!("an account") };
+    let Answer::Why { backends } = lb.ask(Request::Why {
+        backend: bad.to_string(),
+    }) else {
+        panic!("an account")
+    };
     assert!(backends[0].events.iter().any(|event| event.kind == EventKind::Ban));
 }
 
@@ -239,9 +288,16 @@ fn names_are_resolved_and_an_unresolvable_one_is_a_down_backend_not_a_failed_sta
     };
     let address = free();
     let lb = Balancer::start_text(&text(address), address, None, b"127.0.0.1 cp1.test\n");
-    lb.wait("the name resolves", |status| status.frontends[0].backends.iter().any(|b| b.state == State::Healthy));
+    lb.wait("the name resolves", |status| {
+        status.frontends[0].backends.iter().any(|b| b.state == State::Healthy)
+    });
     talk(lb.connect());
-    assert!(lb.status().frontends[0].backends.iter().any(|b| b.state == State::Unresolved));
+    assert!(
+        lb.status().frontends[0]
+            .backends
+            .iter()
+            .any(|b| b.state == State::Unresolved)
+    );
 }
 
 #[test]
@@ -249,13 +305,20 @@ fn healthz_follows_the_api_backends() {
     let backend = echo();
     let (listen, health) = (free(), free());
     let text = |backend: SocketAddr| {
-        format!("health=['{health}']\n[[frontend]]\nname='api'\nkind='api'\nlisten=['{listen}']\nbackends=['{backend}', '{}']", closed())
+        format!(
+            "health=['{health}']\n[[frontend]]\nname='api'\nkind='api'\nlisten=['{listen}']\nbackends=['{backend}', '{}']",
+            closed()
+        )
     };
     let lb = Balancer::start_text(&text(backend), listen, None, b"");
     let get = |path: &str| {
         let mut stream = TcpStream::connect(health).expect("the health endpoint");
         write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").expect("a request");
-        String::from_utf8_lossy(&read_all(stream)).lines().next().unwrap_or_default().to_owned()
+        String::from_utf8_lossy(&read_all(stream))
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned()
     };
     assert_eq!(get("/healthz"), "HTTP/1.1 200 OK");
     assert_eq!(get("/else"), "HTTP/1.1 404 Not Found");
@@ -283,7 +346,10 @@ impl Balancer {
     fn start_with(backends: &[SocketAddr], more: &str, state: Option<OwnedFd>) -> Self {
         let address = free();
         let backends: Vec<String> = backends.iter().map(|backend| format!("'{backend}'")).collect();
-        let text = format!("[[frontend]]\nname='f'\nlisten=['{address}']\nbackends=[{}]\n{more}", backends.join(","));
+        let text = format!(
+            "[[frontend]]\nname='f'\nlisten=['{address}']\nbackends=[{}]\n{more}",
+            backends.join(",")
+        );
         Self::start_text(&text, address, state, b"")
     }
 
@@ -294,7 +360,10 @@ impl Balancer {
         let commits = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
         let log = commits.clone();
         let thread = thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
             runtime.block_on(async move {
                 tokio::spawn(async move {
                     while let Some(commit) = commit_receiver.recv().await {
@@ -302,11 +371,22 @@ impl Balancer {
                         let _ = commit.done.send(Ok(()));
                     }
                 });
-                let links = Links { commands: receiver, commits: commit_sender };
-                lb::io::run(config, opened, Vec::new(), state, 2, links).await.expect("it runs");
+                let links = Links {
+                    commands: receiver,
+                    commits: commit_sender,
+                };
+                lb::io::run(config, opened, Vec::new(), state, 2, links)
+                    .await
+                    .expect("it runs");
             });
         });
-        Self { commands, address, thread: Some(thread), commits, hosts: hosts.to_vec() }
+        Self {
+            commands,
+            address,
+            thread: Some(thread),
+            commits,
+            hosts: hosts.to_vec(),
+        }
     }
 
     fn connect(&self) -> TcpStream {
@@ -317,7 +397,9 @@ impl Balancer {
 
     fn ask(&self, request: Request) -> Answer {
         let (reply, answer) = oneshot::channel();
-        self.commands.blocking_send(Command::Ask { request, reply }).expect("it listens");
+        self.commands
+            .blocking_send(Command::Ask { request, reply })
+            .expect("it listens");
         answer.blocking_recv().expect("an answer")
     }
 
@@ -332,7 +414,13 @@ impl Balancer {
         let listening: Vec<SocketAddr> = self.status().frontends.iter().flat_map(|f| f.listen.clone()).collect();
         let (config, opened) = open(text, &listening, &self.hosts);
         let (done, answer) = oneshot::channel();
-        self.commands.blocking_send(Command::Reload { config: Box::new(config), opened, done }).expect("it listens");
+        self.commands
+            .blocking_send(Command::Reload {
+                config: Box::new(config),
+                opened,
+                done,
+            })
+            .expect("it listens");
         answer.blocking_recv().expect("an answer")
     }
 
@@ -362,12 +450,18 @@ impl Drop for Balancer {
 fn open(text: &str, held: &[SocketAddr], hosts: &[u8]) -> (Config, Opened) {
     let config: Config = toml::from_str(text).expect("it parses");
     assert_eq!(config.check(), []);
-    let mut opened = Opened { hosts: hosts.to_vec(), files: BTreeMap::new(), ..Opened::default() };
+    let mut opened = Opened {
+        hosts: hosts.to_vec(),
+        files: BTreeMap::new(),
+        ..Opened::default()
+    };
     for need in lb::needs(&config, 2) {
         if let What::Listener { address, copies } = need.what
             && !held.contains(&address)
         {
-            let sockets = (0..copies).map(|_| lb::io::socket::listener(address).expect("a free port")).collect();
+            let sockets = (0..copies)
+                .map(|_| lb::io::socket::listener(address).expect("a free port"))
+                .collect();
             opened.listeners.push((address, sockets));
         }
     }
@@ -423,8 +517,14 @@ fn talk(mut stream: TcpStream) {
 /// An address where nobody listens; a socket keeps it from being given to others for the rest of the test run.
 fn closed() -> SocketAddr {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
-    let address = socket.local_addr().expect("its address").as_socket().expect("an IP address");
+    socket
+        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+        .expect("a port");
+    let address = socket
+        .local_addr()
+        .expect("its address")
+        .as_socket()
+        .expect("an IP address");
     std::mem::forget(socket);
     address
 }
@@ -443,7 +543,9 @@ fn free() -> SocketAddr {
 }
 
 fn reset(stream: TcpStream) {
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("linger");
+    socket2::SockRef::from(&stream)
+        .set_linger(Some(Duration::ZERO))
+        .expect("linger");
 }
 
 fn read_all(mut stream: TcpStream) -> Vec<u8> {
@@ -453,7 +555,9 @@ fn read_all(mut stream: TcpStream) -> Vec<u8> {
 }
 
 fn pattern(size: usize) -> Vec<u8> {
-    (0..size).map(|at| u8::try_from((at ^ (at >> 8) ^ (at >> 16)) & 0xff).expect("a byte")).collect()
+    (0..size)
+        .map(|at| u8::try_from((at ^ (at >> 8) ^ (at >> 16)) & 0xff).expect("a byte"))
+        .collect()
 }
 
 fn wait(what: &str, mut condition: impl FnMut() -> bool) {

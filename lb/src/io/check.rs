@@ -31,7 +31,9 @@ pub(crate) fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem) {
         let certificate = certificate.map_err(|error| format!("is not a PEM file: {error}"))?;
-        roots.add(certificate).map_err(|error| format!("holds a certificate that cannot be a CA: {error}"))?;
+        roots
+            .add(certificate)
+            .map_err(|error| format!("holds a certificate that cannot be a CA: {error}"))?;
     }
     if roots.is_empty() {
         return Err("holds no certificate (-----BEGIN CERTIFICATE-----)".into());
@@ -92,7 +94,10 @@ pub(crate) async fn run(frontend: Arc<Frontend>, files: Arc<BTreeMap<PathBuf, Ve
                 address: *address,
             };
             // Staggered: the backends of a pool are not all asked in the same moment.
-            let first = active.interval().mul_f64(0.1 + 0.8 * place as f64 / targets.len() as f64).min(Duration::from_secs(2));
+            let first = active
+                .interval()
+                .mul_f64(0.1 + 0.8 * place as f64 / targets.len() as f64)
+                .min(Duration::from_secs(2));
             tokio::spawn(async move { probe.run(first, token).await });
         }
     }
@@ -131,7 +136,13 @@ impl Probe {
             self.frontend.checked(self.id, outcome, clock::now());
             // Spread by 20 %, differently for each backend and round, so that many nodes do not beat in time.
             round = round.wrapping_add(1);
-            let spread = (self.id.0.wrapping_mul(2_654_435_761).wrapping_add(round.wrapping_mul(40_503)) % 401) as f64 / 1000.0;
+            let spread = (self
+                .id
+                .0
+                .wrapping_mul(2_654_435_761)
+                .wrapping_add(round.wrapping_mul(40_503))
+                % 401) as f64
+                / 1000.0;
             wait = self.active.interval().mul_f64(0.8 + spread);
         }
     }
@@ -145,19 +156,36 @@ impl Probe {
         };
         let stream = match timeout_at(deadline, TcpStream::connect(self.address)).await {
             Err(_) => return late("the connect"),
-            Ok(Err(error)) => return CheckOutcome::Bad { reason: format!("connect: {error}"), timeout: false },
+            Ok(Err(error)) => {
+                return CheckOutcome::Bad {
+                    reason: format!("connect: {error}"),
+                    timeout: false,
+                };
+            }
             Ok(Ok(stream)) => stream,
         };
         let Some(tls) = &self.tls else {
             return CheckOutcome::Good;
         };
-        let host = self.active.server_name.as_ref().map_or_else(|| self.backend.host(), |at| at.value.clone());
+        let host = self
+            .active
+            .server_name
+            .as_ref()
+            .map_or_else(|| self.backend.host(), |at| at.value.clone());
         let Ok(name) = ServerName::try_from(host.clone()) else {
-            return CheckOutcome::Bad { reason: format!("\"{host}\" cannot stand in a certificate"), timeout: false };
+            return CheckOutcome::Bad {
+                reason: format!("\"{host}\" cannot stand in a certificate"),
+                timeout: false,
+            };
         };
         let stream = match timeout_at(deadline, TlsConnector::from(tls.clone()).connect(name, stream)).await {
             Err(_) => return late("the TLS handshake"),
-            Ok(Err(error)) => return CheckOutcome::Bad { reason: format!("TLS: {error}"), timeout: false },
+            Ok(Err(error)) => {
+                return CheckOutcome::Bad {
+                    reason: format!("TLS: {error}"),
+                    timeout: false,
+                };
+            }
             Ok(Ok(stream)) => stream,
         };
         match timeout_at(deadline, self.ask(stream, &host)).await {
@@ -168,8 +196,15 @@ impl Probe {
 
     async fn ask(&self, stream: tokio_rustls::client::TlsStream<TcpStream>, host: &str) -> CheckOutcome {
         let path = self.active.path();
-        let bad = |error: &dyn std::fmt::Display| CheckOutcome::Bad { reason: format!("GET {path}: {error}"), timeout: false };
-        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        let bad = |error: &dyn std::fmt::Display| CheckOutcome::Bad {
+            reason: format!("GET {path}: {error}"),
+            timeout: false,
+        };
+        let host = if host.contains(':') {
+            format!("[{host}]")
+        } else {
+            host.to_owned()
+        };
         let request = Request::get(path)
             .header(header::HOST, format!("{host}:{}", self.backend.port()))
             .header(header::USER_AGENT, "edged")
@@ -200,7 +235,10 @@ fn outcome_of(status: u16, path: &str) -> CheckOutcome {
     match status {
         200..=299 | 401 | 403 => CheckOutcome::Good,
         500..=599 => CheckOutcome::NotReady(format!("GET {path} answers {status}")),
-        _ => CheckOutcome::Bad { reason: format!("GET {path} answers {status}"), timeout: false },
+        _ => CheckOutcome::Bad {
+            reason: format!("GET {path} answers {status}"),
+            timeout: false,
+        },
     }
 }
 
@@ -216,7 +254,10 @@ mod tests {
         assert!(matches!(outcome_of(500, "/readyz"), CheckOutcome::NotReady(_)));
         assert!(matches!(outcome_of(503, "/readyz"), CheckOutcome::NotReady(_)));
         for status in [302, 404, 429] {
-            assert!(matches!(outcome_of(status, "/readyz"), CheckOutcome::Bad { timeout: false, .. }), "{status}");
+            assert!(
+                matches!(outcome_of(status, "/readyz"), CheckOutcome::Bad { timeout: false, .. }),
+                "{status}"
+            );
         }
     }
 

@@ -52,6 +52,8 @@ pub(crate) struct Frontend {
     pub(crate) rules: ArcSwap<Rules>,
     core: Mutex<Core>,
     pub(crate) accepted: AtomicU64,
+    /// Sessions running now, those of removed backends included.
+    pub(crate) sessions: AtomicU64,
     pub(crate) failed: AtomicU64,
     pub(crate) retries: AtomicU64,
     pub(crate) local_errors: AtomicU64,
@@ -86,14 +88,22 @@ pub(crate) struct Traffic {
 
 impl Beside {
     fn new() -> Self {
-        Self { traffic: Arc::default(), witnesses: Vec::new(), journal: VecDeque::new() }
+        Self {
+            traffic: Arc::default(),
+            witnesses: Vec::new(),
+            journal: VecDeque::new(),
+        }
     }
 
     /// Age of the freshest sign of life: a byte, or an acknowledgement of a live session.
     fn proof(&self, now: Moment, acks: bool) -> Option<Duration> {
         let last = self.traffic.last_byte.load(Relaxed);
         let byte = (last > 0).then(|| now - Moment::new(Duration::from_millis(last)));
-        let ack = if acks { self.witnesses.iter().filter_map(|fd| socket::last_ack(*fd)).min() } else { None };
+        let ack = if acks {
+            self.witnesses.iter().filter_map(|fd| socket::last_ack(*fd)).min()
+        } else {
+            None
+        };
         byte.into_iter().chain(ack).min()
     }
 }
@@ -117,13 +127,24 @@ struct BackendMemory {
 }
 
 impl Frontend {
-    pub(crate) fn new(config: &config::Frontend, seed: u64, threads: Arc<Threads>, changed: Arc<Notify>, now: Moment) -> Self {
+    pub(crate) fn new(
+        config: &config::Frontend,
+        seed: u64,
+        threads: Arc<Threads>,
+        changed: Arc<Notify>,
+        now: Moment,
+    ) -> Self {
         let pool = Pool::new(Settings::of(config, seed), &plain(config), now);
         Self {
             name: config.name.value.clone(),
             rules: ArcSwap::from_pointee(Rules::of(config)),
-            core: Mutex::new(Core { pool, config: config.clone(), backends: BTreeMap::new() }),
+            core: Mutex::new(Core {
+                pool,
+                config: config.clone(),
+                backends: BTreeMap::new(),
+            }),
             accepted: AtomicU64::new(0),
+            sessions: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             local_errors: AtomicU64::new(0),
@@ -144,6 +165,7 @@ impl Frontend {
         let actions = core.pool.reconfigure(Settings::of(config, seed), &plain(config), now);
         core.config = config.clone();
         self.act(&mut core, actions);
+        core.forget();
     }
 
     /// Chooses a backend for a client that has already tried `tried`.
@@ -177,7 +199,12 @@ impl Frontend {
         }
         let mut core = self.core();
         let Core { pool, backends, .. } = &mut *core;
-        let actions = pool.failed(id, failure, || backends.get(&id).and_then(|beside| beside.proof(now, true)), now);
+        let actions = pool.failed(
+            id,
+            failure,
+            || backends.get(&id).and_then(|beside| beside.proof(now, true)),
+            now,
+        );
         self.act(&mut core, actions);
     }
 
@@ -202,7 +229,12 @@ impl Frontend {
     pub(crate) fn checked(&self, id: BackendId, outcome: CheckOutcome, now: Moment) {
         let mut core = self.core();
         let Core { pool, backends, .. } = &mut *core;
-        let actions = pool.checked(id, outcome, || backends.get(&id).and_then(|beside| beside.proof(now, false)), now);
+        let actions = pool.checked(
+            id,
+            outcome,
+            || backends.get(&id).and_then(|beside| beside.proof(now, false)),
+            now,
+        );
         self.act(&mut core, actions);
     }
 
@@ -211,12 +243,15 @@ impl Frontend {
         let mut core = self.core();
         let actions = core.pool.set_addresses(name, addresses, now);
         self.act(&mut core, actions);
+        core.forget();
     }
 
     /// Sets or takes back a drain; `false` if there is no such backend.
     pub(crate) fn drain(&self, backend: &config::Address, set: bool, now: Moment) -> bool {
         let mut core = self.core();
-        let Some(actions) = core.pool.drain(backend, set, now) else { return false };
+        let Some(actions) = core.pool.drain(backend, set, now) else {
+            return false;
+        };
         self.act(&mut core, actions);
         true
     }
@@ -232,13 +267,21 @@ impl Frontend {
 
     /// The configured backends as written.
     pub(crate) fn backends(&self) -> Vec<String> {
-        self.core().config.backends.iter().map(|at| at.address.to_string()).collect()
+        self.core()
+            .config
+            .backends
+            .iter()
+            .map(|at| at.address.to_string())
+            .collect()
     }
 
     /// What active checks look at, with the rules for it.
     pub(crate) fn targets(&self) -> (Option<config::Active>, Vec<(BackendId, config::Address, SocketAddr)>) {
         let core = self.core();
-        (core.config.health.active.as_ref().map(|at| at.value.clone()), core.pool.targets())
+        (
+            core.config.health.active.as_ref().map(|at| at.value.clone()),
+            core.pool.targets(),
+        )
     }
 
     pub(crate) fn healthy(&self, now: Moment) -> bool {
@@ -275,7 +318,11 @@ impl Frontend {
         if journal.len() == JOURNAL {
             journal.pop_front();
         }
-        journal.push_back(Event { at: clock::wall(), kind, reason });
+        journal.push_back(Event {
+            at: clock::wall(),
+            kind,
+            reason,
+        });
     }
 
     /// A thread has reset `count` sessions of a backend that went down.
@@ -283,20 +330,27 @@ impl Frontend {
         let mut core = self.core();
         if let Some(beside) = core.backends.get(&id) {
             beside.traffic.resets.fetch_add(count, Relaxed);
-            let reason = format!("{count} session{} reset because it went down", if count == 1 { "" } else { "s" });
+            let reason = format!(
+                "{count} session{} reset because it went down",
+                if count == 1 { "" } else { "s" }
+            );
             self.note(&mut core, id, EventKind::Reset, reason);
         }
     }
 
     pub(crate) fn status(&self, now: Moment) -> FrontendStatus {
         let core = self.core();
-        let backends = core.statuses(now).into_iter().map(|(_, status)| status).collect::<Vec<_>>();
+        let backends = core
+            .statuses(now)
+            .into_iter()
+            .map(|(_, status)| status)
+            .collect::<Vec<_>>();
         FrontendStatus {
             name: self.name.clone(),
             kind: core.config.kind,
             balance: core.config.balance,
             listen: core.config.listen.iter().map(|at| at.value).collect(),
-            sessions: backends.iter().map(|backend| backend.sessions).sum(),
+            sessions: self.sessions.load(Relaxed),
             connections_total: self.accepted.load(Relaxed),
             failed_total: self.failed.load(Relaxed),
             retries_total: self.retries.load(Relaxed),
@@ -315,7 +369,11 @@ impl Frontend {
             .map(|(id, status)| Why {
                 frontend: self.name.clone(),
                 now: status,
-                events: core.backends.get(&id).map(|beside| beside.journal.iter().cloned().collect()).unwrap_or_default(),
+                events: core
+                    .backends
+                    .get(&id)
+                    .map(|beside| beside.journal.iter().cloned().collect())
+                    .unwrap_or_default(),
             })
             .collect()
     }
@@ -335,8 +393,13 @@ impl Frontend {
                 Some((core.pool.name_of(*id)?, memory))
             })
             .collect();
-        let counters = [&self.accepted, &self.failed, &self.retries, &self.local_errors].map(|counter| counter.load(Relaxed));
-        Memory { pool: core.pool.snapshot(now), counters, backends }
+        let counters =
+            [&self.accepted, &self.failed, &self.retries, &self.local_errors].map(|counter| counter.load(Relaxed));
+        Memory {
+            pool: core.pool.snapshot(now),
+            counters,
+            backends,
+        }
     }
 
     /// Takes over what an earlier process of this boot left behind.
@@ -361,6 +424,12 @@ impl Frontend {
 }
 
 impl Core {
+    /// Drops what stands beside backends that the pool has forgotten.
+    fn forget(&mut self) {
+        let Self { pool, backends, .. } = self;
+        backends.retain(|id, _| pool.name_of(*id).is_some());
+    }
+
     /// Status of each backend in the order of the configuration, traffic included.
     fn statuses(&self, now: Moment) -> Vec<(BackendId, BackendStatus)> {
         let ids = self.config.backends.iter().flat_map(|at| self.pool.id_of(&at.address));

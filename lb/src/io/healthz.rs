@@ -29,7 +29,9 @@ impl View {
     pub(crate) fn healthy(&self) -> bool {
         let now = clock::now();
         let api = self.frontends.iter().any(|frontend| frontend.kind() == Kind::Api);
-        self.frontends.iter().any(|frontend| (!api || frontend.kind() == Kind::Api) && frontend.healthy(now))
+        self.frontends
+            .iter()
+            .any(|frontend| (!api || frontend.kind() == Kind::Api) && frontend.healthy(now))
     }
 
     fn allows(&self, source: IpAddr) -> bool {
@@ -41,7 +43,9 @@ impl View {
 pub(crate) async fn run(listener: TcpListener, view: Arc<ArcSwap<View>>, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(MOST));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
             accepted = listener.accept() => accepted,
@@ -84,7 +88,12 @@ fn answer(view: &View, method: &Method, path: &str, source: IpAddr) -> Response<
     };
     let mut response = Response::new(Full::new(Bytes::from_static(text.as_bytes())));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/plain; charset=utf-8"));
-    response.headers_mut().insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    response
+        .headers_mut()
+        .insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
     response
 }

@@ -24,12 +24,20 @@ impl MemoryFile {
     pub(crate) fn new(file: OwnedFd) -> io::Result<Self> {
         let file = std::fs::File::from(file);
         let size = usize::try_from(file.metadata()?.len()).unwrap_or(0);
-        Ok(Self { file, slot_size: size / 2, sequence: 0, warned: false })
+        Ok(Self {
+            file,
+            slot_size: size / 2,
+            sequence: 0,
+            warned: false,
+        })
     }
 
     /// The newest whole snapshot.
     pub(crate) fn read(&mut self) -> Option<Vec<u8>> {
-        let (sequence, bytes) = [0, 1].into_iter().filter_map(|slot| self.slot(slot)).max_by_key(|(sequence, _)| *sequence)?;
+        let (sequence, bytes) = [0, 1]
+            .into_iter()
+            .filter_map(|slot| self.slot(slot))
+            .max_by_key(|(sequence, _)| *sequence)?;
         self.sequence = sequence;
         Some(bytes)
     }
@@ -38,7 +46,12 @@ impl MemoryFile {
         let start = slot * self.slot_size as u64;
         let mut header = [0u8; HEADER];
         self.file.read_exact_at(&mut header, start).ok()?;
-        let word = |at: usize| header.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
+        let word = |at: usize| {
+            header
+                .get(at..at + 4)
+                .and_then(|b| b.try_into().ok())
+                .map(u32::from_le_bytes)
+        };
         let length = usize::try_from(word(4)?).ok()?;
         if word(0)? != MAGIC || length > self.slot_size.checked_sub(HEADER)? {
             return None;
@@ -105,7 +118,12 @@ mod tests {
             file.write(&[n; 100]);
         }
         let raw = std::fs::File::from(again.try_clone().expect("a third"));
-        assert_eq!(MemoryFile::new(again.try_clone().expect("one more")).expect("a file").read(), Some(vec![5; 100]));
+        assert_eq!(
+            MemoryFile::new(again.try_clone().expect("one more"))
+                .expect("a file")
+                .read(),
+            Some(vec![5; 100])
+        );
         // Sequence 5 lies in the second slot; a byte of it changes as in a torn write.
         raw.write_all_at(&[0xff], 4096 + 50).expect("a write");
         let mut other = MemoryFile::new(again).expect("a file");

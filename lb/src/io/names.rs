@@ -21,13 +21,19 @@ const STALE: Duration = Duration::from_secs(3600);
 
 /// A resolver for what /etc/resolv.conf and /etc/hosts said.
 pub(crate) fn resolver(resolv_conf: &[u8], hosts: &[u8]) -> Result<TokioResolver, String> {
-    let (config, mut options) = hickory_resolver::system_conf::parse_resolv_conf(resolv_conf)
-        .unwrap_or_else(|_| (ResolverConfig::default(), hickory_resolver::config::ResolverOpts::default()));
+    let (config, mut options) = hickory_resolver::system_conf::parse_resolv_conf(resolv_conf).unwrap_or_else(|_| {
+        (
+            ResolverConfig::default(),
+            hickory_resolver::config::ResolverOpts::default(),
+        )
+    });
     options.ip_strategy = hickory_resolver::config::LookupIpStrategy::Ipv4AndIpv6;
     // We decide how long to keep what; see LONGEST and STALE.
     options.cache_size = 0;
     let mut known = Hosts::default();
-    known.read_hosts_conf(hosts).map_err(|error| format!("/etc/hosts cannot be read: {error}"))?;
+    known
+        .read_hosts_conf(hosts)
+        .map_err(|error| format!("/etc/hosts cannot be read: {error}"))?;
     let mut resolver = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
         .with_options(options)
         .build()
@@ -38,7 +44,9 @@ pub(crate) fn resolver(resolv_conf: &[u8], hosts: &[u8]) -> Result<TokioResolver
 
 /// Keeps the addresses of one named backend up to date until `stop`.
 pub(crate) async fn run(frontend: Arc<Frontend>, name: Address, resolver: Arc<TokioResolver>, stop: CancellationToken) {
-    let Address::Name { host, port } = name.clone() else { return };
+    let Address::Name { host, port } = name.clone() else {
+        return;
+    };
     let mut retry = RETRY;
     let mut good_at = None;
     loop {

@@ -70,8 +70,6 @@ pub(crate) enum Order {
 pub(crate) struct Threads {
     boxes: Vec<Inbox>,
     alive: AtomicUsize,
-    /// Sessions of every thread.
-    pub(crate) sessions: AtomicU64,
 }
 
 struct Inbox {
@@ -87,10 +85,17 @@ impl Threads {
             .map(|_| {
                 let bell = OnceLock::new();
                 let _ = bell.set(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-                Ok(Inbox { orders: Mutex::default(), bell, pulse: AtomicU64::new(0) })
+                Ok(Inbox {
+                    orders: Mutex::default(),
+                    bell,
+                    pulse: AtomicU64::new(0),
+                })
             })
             .collect::<std::io::Result<Vec<_>>>()?;
-        Ok(Arc::new(Self { alive: AtomicUsize::new(boxes.len()), boxes, sessions: AtomicU64::new(0) }))
+        Ok(Arc::new(Self {
+            alive: AtomicUsize::new(boxes.len()),
+            boxes,
+        }))
     }
 
     pub(crate) fn count(&self) -> u16 {
@@ -118,7 +123,9 @@ impl Threads {
 
     /// Every thread has turned lately.
     pub(crate) fn healthy(&self, now: Moment) -> bool {
-        self.boxes.iter().all(|inbox| now - Moment::new(Duration::from_millis(inbox.pulse.load(Relaxed))) < PULSE)
+        self.boxes
+            .iter()
+            .all(|inbox| now - Moment::new(Duration::from_millis(inbox.pulse.load(Relaxed))) < PULSE)
     }
 
     /// Threads that have not ended.
@@ -132,10 +139,13 @@ pub(crate) fn start(threads: &Arc<Threads>) -> std::io::Result<()> {
     for index in 0..threads.boxes.len() {
         let threads = threads.clone();
         let reactor = Reactor::new(threads.clone(), index)?;
-        std::thread::Builder::new().name(format!("lb-{index}")).stack_size(512 * 1024).spawn(move || {
-            reactor.run();
-            threads.alive.fetch_sub(1, Relaxed);
-        })?;
+        std::thread::Builder::new()
+            .name(format!("lb-{index}"))
+            .stack_size(512 * 1024)
+            .spawn(move || {
+                reactor.run();
+                threads.alive.fetch_sub(1, Relaxed);
+            })?;
     }
     Ok(())
 }
@@ -172,7 +182,10 @@ impl Whose {
     fn unpack(data: epoll::EventData) -> Self {
         let bits = data.u64();
         #[expect(clippy::cast_possible_truncation, reason = "the fields are packed at these widths")]
-        let key = Key { slot: bits as u32, generation: ((bits >> 32) as u32) & (GENERATIONS - 1) };
+        let key = Key {
+            slot: bits as u32,
+            generation: ((bits >> 32) as u32) & (GENERATIONS - 1),
+        };
         match bits >> 62 {
             0 => Self::Bell,
             1 => Self::Listener(key.slot),
@@ -254,7 +267,10 @@ struct Reactor {
     stop_at: Option<Moment>,
 }
 
-const READ: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::RDHUP).union(epoll::EventFlags::PRI).union(epoll::EventFlags::ET);
+const READ: epoll::EventFlags = epoll::EventFlags::IN
+    .union(epoll::EventFlags::RDHUP)
+    .union(epoll::EventFlags::PRI)
+    .union(epoll::EventFlags::ET);
 const READ_WRITE: epoll::EventFlags = READ.union(epoll::EventFlags::OUT);
 
 impl Reactor {
@@ -322,10 +338,19 @@ impl Reactor {
         if let Some(next) = self.wheel.next() {
             wait = wait.min(next - self.now + Duration::from_millis(1));
         }
-        if self.listeners.iter().flatten().any(|listener| listener.resting_until.is_some()) || self.stop_at.is_some() {
+        if self
+            .listeners
+            .iter()
+            .flatten()
+            .any(|listener| listener.resting_until.is_some())
+            || self.stop_at.is_some()
+        {
             wait = wait.min(Duration::from_millis(50));
         }
-        Timespec { tv_sec: wait.as_secs().try_into().unwrap_or(1), tv_nsec: wait.subsec_nanos().into() }
+        Timespec {
+            tv_sec: wait.as_secs().try_into().unwrap_or(1),
+            tv_nsec: wait.subsec_nanos().into(),
+        }
     }
 
     fn event(&mut self, whose: Whose, flags: epoll::EventFlags) {
@@ -392,7 +417,12 @@ impl Reactor {
                     }
                 }
                 Order::Assign(address, frontend) => {
-                    for listener in self.listeners.iter_mut().flatten().filter(|listener| listener.address == address) {
+                    for listener in self
+                        .listeners
+                        .iter_mut()
+                        .flatten()
+                        .filter(|listener| listener.address == address)
+                    {
                         listener.frontend = frontend.clone();
                     }
                 }
@@ -406,19 +436,33 @@ impl Reactor {
     }
 
     fn listen(&mut self, frontend: Arc<Frontend>, socket: OwnedFd) {
-        let address = rustix::net::getsockname(&socket).ok().and_then(|any| std::net::SocketAddr::try_from(any).ok());
+        let address = rustix::net::getsockname(&socket)
+            .ok()
+            .and_then(|any| std::net::SocketAddr::try_from(any).ok());
         let Some(address) = address else {
-            tracing::error!(frontend = frontend.name, "a listener without an address was passed; it is ignored");
+            tracing::error!(
+                frontend = frontend.name,
+                "a listener without an address was passed; it is ignored"
+            );
             return;
         };
-        let index = self.listeners.iter().position(Option::is_none).unwrap_or(self.listeners.len());
+        let index = self
+            .listeners
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(self.listeners.len());
         let whose = Whose::Listener(u32::try_from(index).unwrap_or(u32::MAX));
         // Level-triggered: what is left in the queue is told again, so no accept has to end in EAGAIN.
         if let Err(error) = epoll::add(&self.epoll, &socket, whose.pack(), epoll::EventFlags::IN) {
             tracing::error!(frontend = frontend.name, %address, %error, "the listener cannot be watched; connections to it wait for a restart");
             return;
         }
-        let listener = Some(Listener { frontend, socket, address, resting_until: None });
+        let listener = Some(Listener {
+            frontend,
+            socket,
+            address,
+            resting_until: None,
+        });
         match self.listeners.get_mut(index) {
             Some(place) => *place = listener,
             None => self.listeners.push(listener),
@@ -427,7 +471,9 @@ impl Reactor {
 
     fn accept(&mut self, index: usize) {
         for _ in 0..ACCEPTS {
-            let Some(Some(listener)) = self.listeners.get(index) else { return };
+            let Some(Some(listener)) = self.listeners.get(index) else {
+                return;
+            };
             let frontend = listener.frontend.clone();
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             match rustix::net::acceptfrom_with(&listener.socket, flags) {
@@ -448,7 +494,10 @@ impl Reactor {
     fn rest(&mut self, index: usize) {
         let until = self.now + REST;
         if let Some(Some(listener)) = self.listeners.get_mut(index) {
-            tracing::warn!(frontend = listener.frontend.name, "out of descriptors or memory: new connections wait; raise LimitNOFILE");
+            tracing::warn!(
+                frontend = listener.frontend.name,
+                "out of descriptors or memory: new connections wait; raise LimitNOFILE"
+            );
             let whose = Whose::Listener(u32::try_from(index).unwrap_or(u32::MAX));
             let _ = epoll::modify(&self.epoll, &listener.socket, whose.pack(), epoll::EventFlags::empty());
             listener.resting_until = Some(until);
@@ -470,13 +519,17 @@ impl Reactor {
     /// A client has connected.
     fn open(&mut self, frontend: Arc<Frontend>, client: OwnedFd, source: IpAddr) {
         frontend.accepted.fetch_add(1, Relaxed);
+        frontend.sessions.fetch_add(1, Relaxed);
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
         });
         let now = self.now;
         let entry = &mut self.slots[slot as usize];
-        let key = Key { slot, generation: entry.generation };
+        let key = Key {
+            slot,
+            generation: entry.generation,
+        };
         entry.session = Some(Box::new(Session {
             frontend,
             client,
@@ -497,9 +550,11 @@ impl Reactor {
             armed: u64::MAX,
         }));
         self.live += 1;
-        self.threads.sessions.fetch_add(1, Relaxed);
         let Self { epoll, slots, .. } = self;
-        let watched = slots[slot as usize].session.as_ref().map(|s| epoll::add(epoll, &s.client, Whose::Client(key).pack(), READ));
+        let watched = slots[slot as usize]
+            .session
+            .as_ref()
+            .map(|s| epoll::add(epoll, &s.client, Whose::Client(key).pack(), READ));
         if !matches!(watched, Some(Ok(()))) {
             self.end(key, End::Reset);
             return;
@@ -514,8 +569,11 @@ impl Reactor {
             let Some(session) = self.session(key) else { return };
             let frontend = session.frontend.clone();
             let patience = PATIENCE.max(frontend.rules.load().connect_timeout);
-            let picked =
-                if now - session.accepted > patience { None } else { frontend.pick(session.source, &session.tried, now) };
+            let picked = if now - session.accepted > patience {
+                None
+            } else {
+                frontend.pick(session.source, &session.tried, now)
+            };
             let Some((pick, traffic)) = picked else {
                 frontend.failed.fetch_add(1, Relaxed);
                 self.end(key, End::Reset);
@@ -540,13 +598,21 @@ impl Reactor {
                 }
             };
             let Self { epoll, slots, .. } = self;
-            let Some(session) = slots[key.slot as usize].session.as_deref_mut() else { return };
+            let Some(session) = slots[key.slot as usize].session.as_deref_mut() else {
+                return;
+            };
             if epoll::add(epoll, &socket, Whose::Backend(key).pack(), READ_WRITE).is_err() {
                 frontend.connect_failed(pick.id, Failure::Local, now);
                 self.end(key, End::Reset);
                 return;
             }
-            session.backend = Some(Leg { id: pick.id, socket, traffic, nodelay: false, tuned: false });
+            session.backend = Some(Leg {
+                id: pick.id,
+                socket,
+                traffic,
+                nodelay: false,
+                tuned: false,
+            });
             session.dialled = now;
             self.arm(key);
             return;
@@ -579,7 +645,9 @@ impl Reactor {
         session.down.wary |= flags.contains(F::PRI);
         session.tried = Vec::new();
         let took = now - session.dialled;
-        session.frontend.connected(leg.id, socket::number(&leg.socket), took, now);
+        session
+            .frontend
+            .connected(leg.id, socket::number(&leg.socket), took, now);
         let due = session.up.readable || session.down.readable;
         // The connect's timer serves as the session's first one where it is early enough.
         self.arm(key);
@@ -601,16 +669,34 @@ impl Reactor {
 
     /// Moves what can be moved in both directions.
     fn turn(&mut self, key: Key) {
-        let Self { epoll, slots, scratch, again, now, .. } = self;
-        let Some(slot) = slots.get_mut(key.slot as usize).filter(|slot| slot.generation == key.generation) else { return };
-        let Some(session) = slot.session.as_deref_mut() else { return };
-        let Some(leg) = session.backend.as_mut().filter(|_| session.connected) else { return };
+        let Self {
+            epoll,
+            slots,
+            scratch,
+            again,
+            now,
+            ..
+        } = self;
+        let Some(slot) = slots
+            .get_mut(key.slot as usize)
+            .filter(|slot| slot.generation == key.generation)
+        else {
+            return;
+        };
+        let Some(session) = slot.session.as_deref_mut() else {
+            return;
+        };
+        let Some(leg) = session.backend.as_mut().filter(|_| session.connected) else {
+            return;
+        };
         let (client, backend) = (session.client.as_fd(), leg.socket.as_fd());
 
         let mut sent = 0;
         let up = session.up.turn(client, backend, &mut leg.nodelay, scratch, &mut sent);
         let mut got = 0;
-        let down = session.down.turn(backend, client, &mut session.client_nodelay, scratch, &mut got);
+        let down = session
+            .down
+            .turn(backend, client, &mut session.client_nodelay, scratch, &mut got);
 
         if sent + got > 0 {
             session.last_byte = *now;
@@ -657,7 +743,12 @@ impl Reactor {
     /// Sets the session's timer if a deadline of its is earlier than what is set.
     fn arm(&mut self, key: Key) {
         let Self { slots, wheel, .. } = self;
-        let Some(session) = slots.get_mut(key.slot as usize).and_then(|slot| slot.session.as_deref_mut()) else { return };
+        let Some(session) = slots
+            .get_mut(key.slot as usize)
+            .and_then(|slot| slot.session.as_deref_mut())
+        else {
+            return;
+        };
         let Some(deadline) = session.deadline() else { return };
         let tick = tick_of(deadline);
         if tick < session.armed {
@@ -717,7 +808,10 @@ impl Reactor {
                 && session.frontend.name == frontend
                 && session.backend.as_ref().is_some_and(|leg| leg.id == id)
             {
-                hit.push(Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.generation });
+                hit.push(Key {
+                    slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                    generation: entry.generation,
+                });
             }
         }
         let mut frontend = None;
@@ -746,13 +840,24 @@ impl Reactor {
 
     fn end(&mut self, key: Key, end: End) {
         let now = self.now;
-        let Self { slots, free, scratch, live, threads, .. } = self;
-        let Some(slot) = slots.get_mut(key.slot as usize).filter(|slot| slot.generation == key.generation) else { return };
+        let Self {
+            slots,
+            free,
+            scratch,
+            live,
+            ..
+        } = self;
+        let Some(slot) = slots
+            .get_mut(key.slot as usize)
+            .filter(|slot| slot.generation == key.generation)
+        else {
+            return;
+        };
         let Some(mut session) = slot.session.take() else { return };
         slot.generation = (slot.generation + 1) % GENERATIONS;
         free.push(key.slot);
         *live -= 1;
-        threads.sessions.fetch_sub(1, Relaxed);
+        session.frontend.sessions.fetch_sub(1, Relaxed);
         session.up.close(scratch);
         session.down.close(scratch);
         if let Some(leg) = session.backend {
@@ -776,7 +881,10 @@ impl Reactor {
             .iter()
             .enumerate()
             .filter(|(_, slot)| slot.session.is_some())
-            .map(|(slot, entry)| Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), generation: entry.generation })
+            .map(|(slot, entry)| Key {
+                slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                generation: entry.generation,
+            })
             .collect();
         for key in keys {
             self.end(key, End::Reset);
@@ -822,4 +930,3 @@ fn close(socket: OwnedFd, end: End) {
 fn millis(moment: Moment) -> u64 {
     u64::try_from(moment.since_boot().as_millis()).unwrap_or(u64::MAX)
 }
-

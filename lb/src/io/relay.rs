@@ -40,7 +40,10 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub(crate) fn new() -> Self {
-        Self { buffer: Box::new([0; SCRATCH]), pipes: Vec::new() }
+        Self {
+            buffer: Box::new([0; SCRATCH]),
+            pipes: Vec::new(),
+        }
     }
 
     fn take_pipe(&mut self) -> Option<Pipe> {
@@ -105,7 +108,10 @@ pub(crate) enum Turn {
 impl Direction {
     /// A direction whose sink was just accepted and therefore takes something.
     pub(crate) fn into_fresh_socket() -> Self {
-        Self { writable: true, ..Self::default() }
+        Self {
+            writable: true,
+            ..Self::default()
+        }
     }
 
     /// Moves what can be moved. `nodelay` = the sink has TCP_NODELAY.
@@ -129,7 +135,11 @@ impl Direction {
             if !self.readable {
                 return Turn::Wait;
             }
-            let result = if self.bulky { self.splice(source, scratch, moved) } else { self.copy(source, sink, nodelay, scratch, moved) };
+            let result = if self.bulky {
+                self.splice(source, scratch, moved)
+            } else {
+                self.copy(source, sink, nodelay, scratch, moved)
+            };
             if result.is_err() {
                 return Turn::Broken;
             }
@@ -215,7 +225,11 @@ impl Direction {
         }
         self.bulky = read == SCRATCH;
         // The last bytes wait for the FIN that follows in this very turn: one segment, one wake-up of the sink.
-        let flags = if self.ended { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+        let flags = if self.ended {
+            SendFlags::NOSIGNAL | SendFlags::MORE
+        } else {
+            SendFlags::NOSIGNAL
+        };
         let mut sent = 0;
         while sent < read && self.writable {
             if self.written {
@@ -234,7 +248,10 @@ impl Direction {
         if sent < read {
             // The sink is slower than the source: that is what bulk looks like.
             self.bulky = true;
-            self.rest = Some(Box::new(Rest { bytes: buffer[sent..read].to_vec(), sent: 0 }));
+            self.rest = Some(Box::new(Rest {
+                bytes: buffer[sent..read].to_vec(),
+                sent: 0,
+            }));
         }
         Ok(())
     }

@@ -71,7 +71,9 @@ pub async fn run(
 ) -> Result<(), Error> {
     let threads = Threads::new(threads.max(1)).map_err(Error::Threads)?;
     let memory = state.and_then(|fd| {
-        MemoryFile::new(fd).inspect_err(|error| tracing::warn!(%error, "health is not remembered over a crash")).ok()
+        MemoryFile::new(fd)
+            .inspect_err(|error| tracing::warn!(%error, "health is not remembered over a crash"))
+            .ok()
     });
     let mut service = Service::new(threads.clone(), links.commits, memory, drains);
     service.apply(&config, opened).map_err(Error::Config)?;
@@ -109,12 +111,22 @@ struct Snapshot {
 const SNAPSHOT_VERSION: u32 = 1;
 
 impl Service {
-    fn new(threads: Arc<Threads>, commits: mpsc::Sender<Commit>, mut memory: Option<MemoryFile>, drains: Vec<Drain>) -> Self {
-        let remembered = memory.as_mut().and_then(MemoryFile::read).map(|bytes| serde_json::from_slice::<Snapshot>(&bytes));
+    fn new(
+        threads: Arc<Threads>,
+        commits: mpsc::Sender<Commit>,
+        mut memory: Option<MemoryFile>,
+        drains: Vec<Drain>,
+    ) -> Self {
+        let remembered = memory
+            .as_mut()
+            .and_then(MemoryFile::read)
+            .map(|bytes| serde_json::from_slice::<Snapshot>(&bytes));
         let remembered = match remembered {
             Some(Ok(snapshot)) if snapshot.version == SNAPSHOT_VERSION => snapshot.frontends,
             Some(Ok(_) | Err(_)) => {
-                tracing::info!("health written down by another version is not understood; every backend starts healthy");
+                tracing::info!(
+                    "health written down by another version is not understood; every backend starts healthy"
+                );
                 BTreeMap::new()
             }
             None => BTreeMap::new(),
@@ -188,7 +200,13 @@ impl Service {
                 shared.reconfigure(frontend, self.seed, now);
                 shared
             } else {
-                let shared = Arc::new(Frontend::new(frontend, self.seed, self.threads.clone(), self.changed.clone(), now));
+                let shared = Arc::new(Frontend::new(
+                    frontend,
+                    self.seed,
+                    self.threads.clone(),
+                    self.changed.clone(),
+                    now,
+                ));
                 if let Some(memory) = self.remembered.remove(&name) {
                     shared.remember(memory, now);
                 }
@@ -196,9 +214,18 @@ impl Service {
             };
             frontends.insert(name, shared);
         }
-        self.order = config.frontend.iter().map(|frontend| frontend.name.value.clone()).collect();
+        self.order = config
+            .frontend
+            .iter()
+            .map(|frontend| frontend.name.value.clone())
+            .collect();
         self.frontends = frontends;
-        for drain in self.drains.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
+        for drain in self
+            .drains
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .iter()
+        {
             if let (Some(frontend), Ok(backend)) = (self.frontends.get(&drain.frontend), drain.backend.parse()) {
                 frontend.drain(&backend, true, now);
             }
@@ -221,11 +248,17 @@ impl Service {
             ));
         }
         let passed = |address: &SocketAddr, copies: u16| {
-            opened.listeners.iter().any(|(at, sockets)| at == address && sockets.len() >= usize::from(copies))
+            opened
+                .listeners
+                .iter()
+                .any(|(at, sockets)| at == address && sockets.len() >= usize::from(copies))
         };
-        for (at, copies) in
-            config.health.iter().map(|at| (at, 1)).chain(config.frontend.iter().flat_map(|f| f.listen.iter().map(|at| (at, threads))))
-        {
+        for (at, copies) in config.health.iter().map(|at| (at, 1)).chain(
+            config
+                .frontend
+                .iter()
+                .flat_map(|f| f.listen.iter().map(|at| (at, threads))),
+        ) {
             let held = self.listeners.contains(&at.value) || self.health.contains_key(&at.value);
             if !held && !passed(&at.value, copies) {
                 return Err(format!("the listener {} was not passed", at.value));
@@ -236,7 +269,10 @@ impl Service {
                 && active.kind == CheckKind::Https
                 && let Some(file) = &active.ca_file
             {
-                let content = opened.files.get(&file.value).ok_or_else(|| format!("{} was not passed", file.value.display()))?;
+                let content = opened
+                    .files
+                    .get(&file.value)
+                    .ok_or_else(|| format!("{} was not passed", file.value.display()))?;
                 check_file(content).map_err(|error| format!("{} {error}", file.value.display()))?;
             }
         }
@@ -247,7 +283,9 @@ impl Service {
     fn listen(&mut self, config: &Config, sockets: &mut BTreeMap<SocketAddr, Vec<OwnedFd>>) {
         let mut wanted = BTreeSet::new();
         for frontend in &config.frontend {
-            let Some(shared) = self.frontends.get(&frontend.name.value) else { continue };
+            let Some(shared) = self.frontends.get(&frontend.name.value) else {
+                continue;
+            };
             for at in &frontend.listen {
                 wanted.insert(at.value);
                 if self.listeners.contains(&at.value) {
@@ -266,7 +304,11 @@ impl Service {
     }
 
     fn healthz(&mut self, config: &Config, sockets: &mut BTreeMap<SocketAddr, Vec<OwnedFd>>) {
-        let frontends = self.order.iter().filter_map(|name| self.frontends.get(name).cloned()).collect();
+        let frontends = self
+            .order
+            .iter()
+            .filter_map(|name| self.frontends.get(name).cloned())
+            .collect();
         let allow = config.health_allow.iter().map(|at| at.value).collect();
         self.view.store(Arc::new(healthz::View { frontends, allow }));
         self.health.retain(|address, token| {
@@ -277,7 +319,9 @@ impl Service {
             wanted
         });
         for At { value: address, .. } in &config.health {
-            let Some(socket) = sockets.remove(address).and_then(|mut sockets| sockets.pop()) else { continue };
+            let Some(socket) = sockets.remove(address).and_then(|mut sockets| sockets.pop()) else {
+                continue;
+            };
             let token = CancellationToken::new();
             match tokio::net::TcpListener::from_std(std::net::TcpListener::from(socket)) {
                 Ok(listener) => {
@@ -319,14 +363,19 @@ impl Service {
             Request::Status => {
                 let now = clock::now();
                 let frontends = self.in_order().map(|frontend| frontend.status(now)).collect();
-                let status = Status { frontends, healthz_ok: self.view.load().healthy(), threads: self.threads.count() };
+                let status = Status {
+                    frontends,
+                    healthz_ok: self.view.load().healthy(),
+                    threads: self.threads.count(),
+                };
                 let _ = reply.send(Answer::Status(status));
             }
             Request::Why { backend } => {
                 let now = clock::now();
                 let _ = reply.send(match self.find(&backend) {
                     Ok((address, found)) => {
-                        let backends: Vec<Why> = found.iter().flat_map(|frontend| frontend.why(&address, now)).collect();
+                        let backends: Vec<Why> =
+                            found.iter().flat_map(|frontend| frontend.why(&address, now)).collect();
                         Answer::Why { backends }
                     }
                     Err(message) => Answer::Refused { message },
@@ -350,7 +399,10 @@ impl Service {
         tokio::spawn(async move {
             let mut changed = Vec::new();
             for frontend in found {
-                let drain = Drain { frontend: frontend.name.clone(), backend: address.to_string() };
+                let drain = Drain {
+                    frontend: frontend.name.clone(),
+                    backend: address.to_string(),
+                };
                 if let Err(error) = commit(&commits, &drain, set).await {
                     let message = format!("{}/{} stays as it is: {error}", drain.frontend, drain.backend);
                     let _ = reply.send(Answer::Refused { message });
@@ -371,7 +423,9 @@ impl Service {
 
     /// The frontends that have the backend `HOST:PORT` or `FRONTEND/HOST:PORT`.
     fn find(&self, backend: &str) -> Result<(Address, Vec<Arc<Frontend>>), String> {
-        let (only, address) = backend.split_once('/').map_or((None, backend), |(frontend, rest)| (Some(frontend), rest));
+        let (only, address) = backend
+            .split_once('/')
+            .map_or((None, backend), |(frontend, rest)| (Some(frontend), rest));
         let parsed: Result<Address, String> = address.parse();
         let found: Vec<_> = match &parsed {
             Ok(parsed) => self
@@ -386,9 +440,18 @@ impl Service {
             _ => {
                 let known: Vec<String> = self
                     .in_order()
-                    .flat_map(|frontend| frontend.backends().into_iter().map(|backend| format!("{}/{backend}", frontend.name)))
+                    .flat_map(|frontend| {
+                        frontend
+                            .backends()
+                            .into_iter()
+                            .map(|backend| format!("{}/{backend}", frontend.name))
+                    })
                     .collect();
-                let known = if known.is_empty() { "there are no backends".into() } else { format!("there are {}", known.join(", ")) };
+                let known = if known.is_empty() {
+                    "there are no backends".into()
+                } else {
+                    format!("there are {}", known.join(", "))
+                };
                 Err(format!("no backend is named \"{}\"; {known}", backend.escape_debug()))
             }
         }
@@ -401,8 +464,15 @@ impl Service {
     fn remember(&mut self) {
         let Some(file) = &mut self.memory else { return };
         let now = clock::now();
-        let frontends = self.frontends.iter().map(|(name, frontend)| (name.clone(), frontend.memory(now))).collect();
-        match serde_json::to_vec(&Snapshot { version: SNAPSHOT_VERSION, frontends }) {
+        let frontends = self
+            .frontends
+            .iter()
+            .map(|(name, frontend)| (name.clone(), frontend.memory(now)))
+            .collect();
+        match serde_json::to_vec(&Snapshot {
+            version: SNAPSHOT_VERSION,
+            frontends,
+        }) {
             Ok(bytes) => file.write(&bytes),
             Err(error) => tracing::error!(%error, "health cannot be written down"),
         }
@@ -425,6 +495,13 @@ impl Service {
 async fn commit(commits: &mpsc::Sender<Commit>, drain: &Drain, set: bool) -> Result<(), String> {
     let (done, acknowledged) = oneshot::channel();
     let gone = || "the supervisor does not answer".to_owned();
-    commits.send(Commit { drain: drain.clone(), set, done }).await.map_err(|_| gone())?;
+    commits
+        .send(Commit {
+            drain: drain.clone(),
+            set,
+            done,
+        })
+        .await
+        .map_err(|_| gone())?;
     acknowledged.await.map_err(|_| gone())?
 }

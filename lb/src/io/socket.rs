@@ -44,10 +44,17 @@ pub fn keepalive() -> Keepalive {
     *SETTING.get_or_init(|| {
         let scaled = || {
             let text = std::env::var("EDGED_TEST_KEEPALIVE").ok()?;
-            let mut numbers = text.split(',').map(|part| part.trim().parse::<u32>().ok().filter(|n| (1..3600).contains(n)));
+            let mut numbers = text
+                .split(',')
+                .map(|part| part.trim().parse::<u32>().ok().filter(|n| (1..3600).contains(n)));
             let (idle, interval, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
             let seconds = |n: u32| Duration::from_secs(n.into());
-            Some(Keepalive { idle: seconds(idle), interval: seconds(interval), count, user_timeout: seconds(idle) * 3 / 2 })
+            Some(Keepalive {
+                idle: seconds(idle),
+                interval: seconds(interval),
+                count,
+                user_timeout: seconds(idle) * 3 / 2,
+            })
         };
         scaled().unwrap_or(KEEPALIVE)
     })
@@ -65,7 +72,12 @@ pub fn listener(address: SocketAddr) -> io::Result<OwnedFd> {
         SocketAddr::V4(_) => (AddressFamily::INET, false),
         SocketAddr::V6(_) => (AddressFamily::INET6, true),
     };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+    let socket = socket_with(
+        family,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_socket_reuseport(&socket, true)?;
     if v6 {
@@ -88,15 +100,27 @@ pub(crate) fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
     sockopt::set_tcp_keepidle(socket, keepalive.idle)?;
     sockopt::set_tcp_keepintvl(socket, keepalive.interval)?;
     sockopt::set_tcp_keepcnt(socket, keepalive.count)?;
-    sockopt::set_tcp_user_timeout(socket, u32::try_from(keepalive.user_timeout.as_millis()).unwrap_or(u32::MAX))?;
+    sockopt::set_tcp_user_timeout(
+        socket,
+        u32::try_from(keepalive.user_timeout.as_millis()).unwrap_or(u32::MAX),
+    )?;
     sockopt::set_socket_keepalive(socket, true)?;
     Ok(())
 }
 
 /// A non-blocking connect to `address`; the answer comes as an event.
 pub(crate) fn connect(address: SocketAddr) -> Result<OwnedFd, rustix::io::Errno> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let socket = socket_with(
+        family,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
     match rustix::net::connect(&socket, &address) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
@@ -110,7 +134,9 @@ pub(crate) fn failure_of(error: rustix::io::Errno) -> Failure {
         Errno::CONNREFUSED => Failure::Refused,
         Errno::CONNRESET | Errno::PIPE => Failure::Reset,
         Errno::TIMEDOUT => Failure::Timeout,
-        Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NOPROTOOPT | Errno::PROTO => Failure::Unreachable,
+        Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NOPROTOOPT | Errno::PROTO => {
+            Failure::Unreachable
+        }
         _ => Failure::Local,
     }
 }
@@ -131,7 +157,13 @@ pub(crate) fn last_ack(socket: RawFd) -> Option<Duration> {
     let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).ok()?;
     // SAFETY: the kernel writes at most `length` bytes into `info`, which is that large.
     let result = unsafe {
-        libc::getsockopt(socket, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut length)
+        libc::getsockopt(
+            socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
     };
     (result == 0).then(|| Duration::from_millis(info.tcpi_last_ack_recv.into()))
 }
@@ -145,5 +177,7 @@ pub(crate) fn number(socket: &OwnedFd) -> RawFd {
 pub(crate) fn source(address: Option<rustix::net::SocketAddrAny>) -> IpAddr {
     address
         .and_then(|any| SocketAddr::try_from(any).ok())
-        .map_or(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED), |address| address.ip().to_canonical())
+        .map_or(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED), |address| {
+            address.ip().to_canonical()
+        })
 }
