@@ -244,7 +244,7 @@ fn syntax_errors_point_at_the_slip() {
             "edged.toml:12:1: ",
             "once",
         ),
-        ("kind = \"api\"", "kind: api", "edged.toml:11:5: ", "not YAML"),
+        ("kind = \"api\"", "kind: api", "edged.toml:11:7: ", "not YAML"),
         ("[lb]", "[lb", "edged.toml:6:4: ", "not closed"),
         (
             "[\"[::1]:16443\", \"127.0.0.1:16443\"]",

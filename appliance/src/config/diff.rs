@@ -41,10 +41,7 @@ pub enum ChangeKind {
 pub fn changes(before: &str, after: &str) -> Vec<Change> {
     let (before, after) = (flat(before), flat(after));
     let mut found = Vec::new();
-    for key in before
-        .keys()
-        .chain(after.keys().filter(|key| !before.contains_key(*key)))
-    {
+    for key in before.keys().chain(after.keys()).collect::<BTreeSet<_>>() {
         let (old, new) = (before.get(key), after.get(key));
         if old == new {
             continue;
