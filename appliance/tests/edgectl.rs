@@ -692,7 +692,7 @@ fn more_than_64_connections_are_turned_away_with_a_reason() {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let output = daemon.run(&["status"]);
-        if err(&output).contains("64 control connections are open already") {
+        if err(&output).contains("too many control connections are open already") {
             assert_eq!(output.status.code(), Some(1));
             break;
         }

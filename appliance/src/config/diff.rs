@@ -7,7 +7,7 @@ use similar::TextDiff;
 use toml::{Table, Value};
 
 /// Keys that a reload cannot put into effect.
-const RESTART: [&str; 1] = ["control.socket"];
+const RESTART: [&str; 2] = ["control.socket", "lb.threads"];
 
 /// One difference by meaning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
