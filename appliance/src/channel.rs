@@ -72,7 +72,12 @@ pub struct Channel {
 /// What socketpair(2) reports: no free descriptors.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+    Ok(rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        flags,
+        None,
+    )?)
 }
 
 /// Has the runtime watch `descriptor`.
@@ -94,7 +99,10 @@ impl Channel {
     /// The descriptor cannot be polled, or there is no runtime.
     pub fn new(socket: OwnedFd, most_descriptors: usize) -> io::Result<Self> {
         let interest = Interest::READABLE | Interest::WRITABLE;
-        Ok(Self { socket: pollable(socket, interest)?, most_descriptors })
+        Ok(Self {
+            socket: pollable(socket, interest)?,
+            most_descriptors,
+        })
     }
 
     /// Sends one message. Two sends must not run at the same time: their packets would mix.
@@ -117,8 +125,14 @@ impl Channel {
         loop {
             let chunk = chunks.next().unwrap_or_default();
             let group = groups.next().unwrap_or_default();
-            let header = if chunks.peek().is_none() && groups.peek().is_none() { LAST } else { MORE };
-            self.socket.async_io(Interest::WRITABLE, |socket| send_packet(socket, header, chunk, group)).await?;
+            let header = if chunks.peek().is_none() && groups.peek().is_none() {
+                LAST
+            } else {
+                MORE
+            };
+            self.socket
+                .async_io(Interest::WRITABLE, |socket| send_packet(socket, header, chunk, group))
+                .await?;
             if header == LAST {
                 return Ok(());
             }
@@ -139,7 +153,8 @@ impl Channel {
         let mut buffer = vec![0; CHUNK + 1];
         loop {
             let before = descriptors.len();
-            let packet = |socket: &OwnedFd| receive_packet(socket, &mut buffer, self.most_descriptors, &mut descriptors);
+            let packet =
+                |socket: &OwnedFd| receive_packet(socket, &mut buffer, self.most_descriptors, &mut descriptors);
             let bytes = self.socket.async_io(Interest::READABLE, packet).await??;
             let Some((header, chunk)) = buffer.get(..bytes).and_then(|packet| packet.split_first()) else {
                 // An empty packet is not distinguishable from the end; neither is ever sent.
@@ -269,7 +284,10 @@ mod tests {
 
     fn channels(most: usize) -> (Channel, Channel) {
         let (a, b) = pair().expect("a socket pair");
-        (Channel::new(a, most).expect("a channel"), Channel::new(b, most).expect("a channel"))
+        (
+            Channel::new(a, most).expect("a channel"),
+            Channel::new(b, most).expect("a channel"),
+        )
     }
 
     fn null() -> OwnedFd {
@@ -297,7 +315,10 @@ mod tests {
         done.expect("sent");
         let (message, descriptors): (Vec<String>, _) = received.expect("good").expect("a message");
         assert_eq!(message, sent);
-        let sizes: Vec<_> = descriptors.iter().map(|fd| rustix::fs::fstat(fd).expect("open").st_size).collect();
+        let sizes: Vec<_> = descriptors
+            .iter()
+            .map(|fd| rustix::fs::fstat(fd).expect("open").st_size)
+            .collect();
         assert_eq!(sizes, (0..150).collect::<Vec<_>>());
         for descriptor in &descriptors {
             let flags = rustix::io::fcntl_getfd(descriptor).expect("open");
@@ -327,12 +348,24 @@ mod tests {
 
     #[tokio::test(flavor = "current_thread")]
     async fn junk_is_an_error_and_never_a_panic() {
-        for packet in [&b"\x00"[..], b"\x00{}", b"\x00[1]", b"\x00\xff\xfe", b"\x00[\"a\"", b"\x02[]", b"\x01", b"\xff"] {
+        for packet in [
+            &b"\x00"[..],
+            b"\x00{}",
+            b"\x00[1]",
+            b"\x00\xff\xfe",
+            b"\x00[\"a\"",
+            b"\x02[]",
+            b"\x01",
+            b"\xff",
+        ] {
             let (a, b) = channels(0);
             raw(&a, packet, &[]);
             drop(a);
             let received: Received = b.receive().await;
-            assert!(matches!(received, Err(Error::Content(_) | Error::Header)), "{packet:?}: {received:?}");
+            assert!(
+                matches!(received, Err(Error::Content(_) | Error::Header)),
+                "{packet:?}: {received:?}"
+            );
         }
     }
 
@@ -375,7 +408,10 @@ mod tests {
             let packet = [IoSlice::new(b"\x00[]")];
             rustix::net::sendmsg(a.socket.get_ref(), &packet, &mut control, SendFlags::empty()).expect("sent");
             let received: Received = b.receive().await;
-            assert!(matches!(received, Err(Error::TooManyDescriptors(limit)) if limit == most), "{received:?}");
+            assert!(
+                matches!(received, Err(Error::TooManyDescriptors(limit)) if limit == most),
+                "{received:?}"
+            );
         }
         let (a, _b) = channels(0);
         let end = null();

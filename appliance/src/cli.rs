@@ -173,7 +173,7 @@ enum Config {
     },
     /// Puts a file into effect; a faulty one changes nothing
     #[command(
-        after_help = "With --confirm the change is taken back by itself unless `edgectl config confirm` comes in time: safe where\na mistake would lock you out.\n\nExamples:\n  sudo edgectl config apply\n  sudo edgectl config apply edged.toml --confirm 60s && sudo edgectl config confirm"
+        after_help = "With --confirm the change is taken back by itself unless `edgectl config confirm` comes in time.\nSo a mistake that locks you out undoes itself.\n\nExamples:\n  sudo edgectl config apply\n  sudo edgectl config apply edged.toml --confirm 60s && sudo edgectl config confirm"
     )]
     Apply {
         /// The file; - for stdin

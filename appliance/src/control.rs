@@ -33,6 +33,8 @@ pub const READ_GROUP: &str = "edge";
 pub const OPERATE_GROUP: &str = "edge-admin";
 /// Connections served at a time.
 pub const MAX_CONNECTIONS: usize = 64;
+/// Of these, kept for root: readers must not be able to lock it out.
+const RESERVED: usize = 8;
 /// Refused peers that are given time to read why.
 const MAX_REFUSED: usize = 16;
 /// The largest request body: far above any configuration.
@@ -116,6 +118,7 @@ impl fmt::Display for Role {
 /// Whoever made `listener` set its mode and group. Nothing a peer sends ends this: what is wrong is answered.
 pub async fn serve(listener: UnixListener, ops: mpsc::Sender<Op>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let others = Arc::new(Semaphore::new(MAX_CONNECTIONS - RESERVED));
     let refused = Arc::new(Semaphore::new(MAX_REFUSED));
     loop {
         let stream = tokio::select! {
@@ -146,34 +149,26 @@ pub async fn serve(listener: UnixListener, ops: mpsc::Sender<Op>) {
                 pid = peer.pid,
                 "control connection refused: neither root nor in a group of edged"
             );
-            if let Ok(slot) = Arc::clone(&refused).try_acquire_owned() {
-                tokio::spawn(async move {
-                    turn_away(stream, StatusCode::FORBIDDEN, &stranger(peer.uid)).await;
-                    drop(slot);
-                });
-            }
+            turn_away(&refused, stream, StatusCode::FORBIDDEN, stranger(peer.uid));
             continue;
         };
-        match Arc::clone(&slots).try_acquire_owned() {
-            Ok(slot) => {
-                let ops = ops.clone();
-                tokio::spawn(async move {
-                    connection(stream, peer, role, ops).await;
-                    drop(slot);
-                });
-            }
-            Err(_) => {
-                if let Ok(slot) = Arc::clone(&refused).try_acquire_owned() {
-                    let message = format!(
-                        "{MAX_CONNECTIONS} control connections are open already; close some, or try again in a few seconds"
-                    );
-                    tokio::spawn(async move {
-                        turn_away(stream, StatusCode::SERVICE_UNAVAILABLE, &message).await;
-                        drop(slot);
-                    });
-                }
-            }
-        }
+        let place = if role == Role::Admin {
+            Ok(None)
+        } else {
+            Arc::clone(&others).try_acquire_owned().map(Some)
+        };
+        let place = place.and_then(|other| Ok((other, Arc::clone(&slots).try_acquire_owned()?)));
+        let Ok(place) = place else {
+            let message =
+                "too many control connections are open already (64 in all); close some, or try again in a few seconds";
+            turn_away(&refused, stream, StatusCode::SERVICE_UNAVAILABLE, message.to_owned());
+            continue;
+        };
+        let ops = ops.clone();
+        tokio::spawn(async move {
+            connection(stream, peer, role, ops).await;
+            drop(place);
+        });
     }
 }
 
@@ -185,28 +180,38 @@ fn stranger(uid: u32) -> String {
     )
 }
 
-/// Answers without reading a byte.
-async fn turn_away(mut stream: UnixStream, status: StatusCode, message: &str) {
-    let body =
-        json!({ "schema_version": SCHEMA_VERSION, "error": { "message": message, "bad_request": false } }).to_string();
-    let head = format!(
-        "HTTP/1.1 {} {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+/// Answers without reading a byte; with too many of these at a time, closes without an answer.
+fn turn_away(places: &Arc<Semaphore>, mut stream: UnixStream, status: StatusCode, message: String) {
+    let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+        return;
+    };
+    let error = Refusal {
+        message,
+        bad_request: false,
+    };
+    let body = json!({ "schema_version": SCHEMA_VERSION, "error": error }).to_string();
+    let answer = format!(
+        "HTTP/1.1 {} {}\r\ncontent-type: {JSON}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         status.as_u16(),
         status.canonical_reason().unwrap_or(""),
         body.len()
     );
-    let write = async {
-        stream.write_all(head.as_bytes()).await?;
-        stream.write_all(body.as_bytes()).await?;
-        stream.shutdown().await
-    };
-    // Closing at once would make the peer's own write fail, and it would report that instead of the reason.
-    if timeout(Duration::from_secs(1), write)
-        .await
-        .is_ok_and(|written| written.is_ok())
-    {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    tokio::spawn(async move {
+        let write = async {
+            // An answer that comes before the question is an error to an HTTP client; what waits is left unread.
+            stream.readable().await?;
+            stream.write_all(answer.as_bytes()).await?;
+            stream.shutdown().await
+        };
+        // Closing at once would make the peer's own write fail, and it would report that instead of the reason.
+        if timeout(Duration::from_secs(1), write)
+            .await
+            .is_ok_and(|written| written.is_ok())
+        {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        drop(place);
+    });
 }
 
 async fn connection(stream: UnixStream, peer: Peer, role: Role, ops: mpsc::Sender<Op>) {

@@ -38,7 +38,10 @@ pub fn start(role: &'static str, log: &Log) {
         return change(log);
     }
     let (filter, handle) = reload::Layer::new(targets(log));
-    let lines = Lines { role, journal: to_journal() };
+    let lines = Lines {
+        role,
+        journal: to_journal(),
+    };
     if FILTER.set(handle).is_ok() {
         JSON.store(log.format == Format::Json, Ordering::Relaxed);
         // Only a second start could fail here, and that one has returned above.
@@ -83,14 +86,21 @@ fn targets(log: &Log) -> Targets {
         crate::config::Level::Trace => LevelFilter::TRACE,
     };
     let targets = Targets::new().with_default(level.min(LevelFilter::WARN));
-    targets.with_target("appliance", level).with_target("edged", level).with_target("lb", level)
+    targets
+        .with_target("appliance", level)
+        .with_target("edged", level)
+        .with_target("lb", level)
 }
 
 /// Whether stderr is the journal: JOURNAL_STREAM names the device and inode it had when the unit started
 /// (systemd.exec(5)); after a redirection they differ.
 fn to_journal() -> bool {
-    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
-    let Ok(found) = rustix::fs::fstat(std::io::stderr().as_fd()) else { return false };
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    let Ok(found) = rustix::fs::fstat(std::io::stderr().as_fd()) else {
+        return false;
+    };
     stream == format!("{}:{}", found.st_dev, found.st_ino)
 }
 
@@ -226,7 +236,10 @@ mod tests {
 
     impl<S: Subscriber> Layer<S> for Kept {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-            self.2.lock().expect("not poisoned").push(self.0.line(event, self.1, SystemTime::UNIX_EPOCH));
+            self.2
+                .lock()
+                .expect("not poisoned")
+                .push(self.0.line(event, self.1, SystemTime::UNIX_EPOCH));
         }
     }
 
@@ -240,7 +253,9 @@ mod tests {
 
     #[test]
     fn a_line_cannot_be_forged_by_what_it_reports() {
-        let lines = logged(false, false, || tracing::warn!(name = "a\n<3>edged: b", esc = "\x1b[2J", "gone\r\nINFO all is well"));
+        let lines = logged(false, false, || {
+            tracing::warn!(name = "a\n<3>edged: b", esc = "\x1b[2J", "gone\r\nINFO all is well")
+        });
         assert_eq!(
             lines,
             ["1970-01-01T00:00:00.000Z WARN  lb: gone\\r\\nINFO all is well name=\"a\\n<3>edged: b\" esc=\\u{1b}[2J\n"]
@@ -259,7 +274,10 @@ mod tests {
         assert_eq!(lines.len(), 1);
         assert_eq!(lines[0].matches('\n').count(), 1);
         let value: Value = serde_json::from_str(&lines[0]).expect("json");
-        assert_eq!((&value["message"], &value["sessions"], &value["who"]), (&"drained".into(), &3.into(), &"a\nb".into()));
+        assert_eq!(
+            (&value["message"], &value["sessions"], &value["who"]),
+            (&"drained".into(), &3.into(), &"a\nb".into())
+        );
         assert_eq!((&value["role"], &value["level"]), (&"lb".into(), &"info".into()));
     }
 }

@@ -74,6 +74,9 @@ struct Sums {
     latency: Histogram,
 }
 
+/// Name, help text, and where the value comes from.
+type Counter<T> = (&'static str, &'static str, fn(&T) -> u64);
+
 struct Page(String);
 
 impl Page {
@@ -174,7 +177,7 @@ impl Page {
                 frontend.connections_total,
             );
         }
-        let counters: [(&str, &str, fn(&FrontendStatus) -> u64); 3] = [
+        let counters: [Counter<FrontendStatus>; 3] = [
             (
                 "edge_lb_retries_total",
                 "Times a connection went on to another backend.",
@@ -200,7 +203,7 @@ impl Page {
     }
 
     fn per_backend(&mut self, sums: &BTreeMap<(&str, &str), Sums>) {
-        let counters: [(&str, &str, fn(&Sums) -> u64); 4] = [
+        let counters: [Counter<Sums>; 4] = [
             ("edge_lb_connections_total", "Sessions opened to the backend.", |s| {
                 s.connections
             }),

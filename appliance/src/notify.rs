@@ -48,20 +48,35 @@ pub struct Environment {
 
 /// Takes everything the manager passed out of the environment. To be called first of all in the process.
 pub fn environment() -> Environment {
-    let names = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
+    let names = [
+        "LISTEN_PID",
+        "LISTEN_FDS",
+        "LISTEN_FDNAMES",
+        "LISTEN_PIDFDID",
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+    ];
     let [pid, count, names, _, socket, watchdog_usec, watchdog_pid] = channel::take_variables(names);
     let number = |value: Option<OsString>| value.and_then(|value| value.into_string().ok()?.parse::<u32>().ok());
     let mut descriptors = Vec::new();
     // Of another process: inherited by mistake, and the numbers mean nothing here.
     if let Some(count) = number(count).filter(|_| number(pid) == Some(std::process::id())) {
-        let names = names.map(|names| names.to_string_lossy().into_owned()).unwrap_or_default();
+        let names = names
+            .map(|names| names.to_string_lossy().into_owned())
+            .unwrap_or_default();
         let mut names = names.split(':');
         for descriptor in channel::inherited(u16::try_from(count).unwrap_or(u16::MAX)) {
             descriptors.push((names.next().unwrap_or_default().to_owned(), descriptor));
         }
     }
     channel::keep_from_children();
-    Environment { socket, watchdog_usec, watchdog_pid, descriptors }
+    Environment {
+        socket,
+        watchdog_usec,
+        watchdog_pid,
+        descriptors,
+    }
 }
 
 impl Notify {
@@ -170,7 +185,11 @@ mod tests {
     use super::*;
 
     fn manager() -> (UnixDatagram, Environment, std::path::PathBuf) {
-        let path = std::env::temp_dir().join(format!("edged-notify-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let path = std::env::temp_dir().join(format!(
+            "edged-notify-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
         let _ = std::fs::remove_file(&path);
         let socket = UnixDatagram::bind(&path).expect("bound");
         let environment = Environment {
@@ -214,8 +233,8 @@ mod tests {
         let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
         let mut buffer = [0; 512];
         let mut parts = [io::IoSliceMut::new(&mut buffer)];
-        let received =
-            rustix::net::recvmsg(&socket, &mut parts, &mut control, rustix::net::RecvFlags::empty()).expect("a message");
+        let received = rustix::net::recvmsg(&socket, &mut parts, &mut control, rustix::net::RecvFlags::empty())
+            .expect("a message");
         let count: usize = control
             .drain()
             .map(|message| match message {

@@ -49,7 +49,9 @@ pub enum Landlock {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A step was refused.
-    #[error("{step} was refused, so the worker does not start; if a unit's SystemCallFilter= is in the way, see `systemctl cat edged`")]
+    #[error(
+        "{step} was refused, so the worker does not start; if a unit's SystemCallFilter= is in the way, see `systemctl cat edged`"
+    )]
     Refused {
         /// What was tried.
         step: &'static str,
@@ -100,13 +102,22 @@ pub const fn id(role: Role) -> u32 {
 /// [`Error`]; the process must end then, it is in no defined state.
 pub fn enter(role: Role, supervisor: Pid) -> Result<Entered, Error> {
     // Opened now because there is no filesystem afterwards; its content is made when it is read.
-    let status = File::open("/proc/thread-self/status").map_err(|source| Error::Refused { step: "opening /proc/thread-self/status", source })?;
+    let status = File::open("/proc/thread-self/status").map_err(|source| Error::Refused {
+        step: "opening /proc/thread-self/status",
+        source,
+    })?;
     limit(Resource::Core, 0, "setting RLIMIT_CORE")?;
     limit(Resource::Data, memory(role), "setting RLIMIT_DATA")?;
     drop_capabilities(role)?;
     // After the change of user id, which resets both.
-    step("PR_SET_DUMPABLE", rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable))?;
-    step("PR_SET_PDEATHSIG", rustix::process::set_parent_process_death_signal(Some(Signal::KILL)))?;
+    step(
+        "PR_SET_DUMPABLE",
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
+    step(
+        "PR_SET_PDEATHSIG",
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)),
+    )?;
     if rustix::process::getppid() != Some(supervisor) {
         return Err(Error::Orphan);
     }
@@ -114,22 +125,44 @@ pub fn enter(role: Role, supervisor: Pid) -> Result<Entered, Error> {
     let landlock = restrict_paths(role)?;
     filter::apply(role)?;
     confirm(&status)?;
-    Ok(Entered { uid: rustix::process::geteuid().as_raw(), landlock })
+    Ok(Entered {
+        uid: rustix::process::geteuid().as_raw(),
+        landlock,
+    })
 }
 
 fn step(step: &'static str, result: rustix::io::Result<()>) -> Result<(), Error> {
-    result.map_err(|errno| Error::Refused { step, source: errno.into() })
+    result.map_err(|errno| Error::Refused {
+        step,
+        source: errno.into(),
+    })
 }
 
 fn limit(resource: Resource, most: u64, name: &'static str) -> Result<(), Error> {
     // A lower limit that is there already stays: raising it may be refused, and was not wanted.
-    let most = rustix::process::getrlimit(resource).maximum.map_or(most, |maximum| maximum.min(most));
-    step(name, rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) }))
+    let most = rustix::process::getrlimit(resource)
+        .maximum
+        .map_or(most, |maximum| maximum.min(most));
+    step(
+        name,
+        rustix::process::setrlimit(
+            resource,
+            Rlimit {
+                current: Some(most),
+                maximum: Some(most),
+            },
+        ),
+    )
 }
 
 /// Leaves root's user id where that is possible, and every capability in any case.
 fn drop_capabilities(role: Role) -> Result<(), Error> {
-    let has = rustix::thread::capabilities(None).map_err(|errno| Error::Refused { step: "capget", source: errno.into() })?.effective;
+    let has = rustix::thread::capabilities(None)
+        .map_err(|errno| Error::Refused {
+            step: "capget",
+            source: errno.into(),
+        })?
+        .effective;
     if has.contains(CapabilitySet::SETPCAP) {
         for number in 0..64 {
             match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number)) {
@@ -167,7 +200,9 @@ fn drop_capabilities(role: Role) -> Result<(), Error> {
 
 /// No path at all, no TCP listener, no signal and no abstract socket beyond this process.
 fn restrict_paths(role: Role) -> Result<Landlock, Error> {
-    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(ABI::V7))?.handle_access(AccessNet::BindTcp)?;
+    let ruleset = Ruleset::default()
+        .handle_access(AccessFs::from_all(ABI::V7))?
+        .handle_access(AccessNet::BindTcp)?;
     let ruleset = match role {
         Role::Lb => ruleset,
         Role::Web => ruleset.handle_access(AccessNet::ConnectTcp)?,
@@ -183,17 +218,32 @@ fn restrict_paths(role: Role) -> Result<Landlock, Error> {
 /// Reads back what the kernel made of it.
 fn confirm(status: &File) -> Result<(), Error> {
     let mut text = vec![0; 16 << 10];
-    let length = rustix::io::pread(status, &mut text, 0)
-        .map_err(|errno| Error::Refused { step: "reading /proc/self/status", source: errno.into() })?;
+    let length = rustix::io::pread(status, &mut text, 0).map_err(|errno| Error::Refused {
+        step: "reading /proc/self/status",
+        source: errno.into(),
+    })?;
     let text = String::from_utf8_lossy(text.get(..length).unwrap_or_default());
-    let wrong: Vec<String> = [("CapInh", "0"), ("CapPrm", "0"), ("CapEff", "0"), ("CapAmb", "0"), ("NoNewPrivs", "1"), ("Seccomp", "2")]
-        .into_iter()
-        .filter_map(|(name, wanted)| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            let found = line.map(|value| value.trim().trim_start_matches('0'));
-            let wanted = wanted.trim_start_matches('0');
-            (found != Some(wanted)).then(|| format!("{name}:{}", line.unwrap_or(" missing")))
+    let wrong: Vec<String> = [
+        ("CapInh", "0"),
+        ("CapPrm", "0"),
+        ("CapEff", "0"),
+        ("CapAmb", "0"),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+    ]
+    .into_iter()
+    .filter_map(|(name, wanted)| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let found = line.map(|value| value.trim().trim_start_matches('0'));
+        let wanted = wanted.trim_start_matches('0');
+        (found != Some(wanted)).then(|| format!("{name}:{}", line.unwrap_or(" missing")))
+    })
+    .collect();
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::NotConfirmed {
+            found: wrong.join(", "),
         })
-        .collect();
-    if wrong.is_empty() { Ok(()) } else { Err(Error::NotConfirmed { found: wrong.join(", ") }) }
+    }
 }

@@ -215,27 +215,25 @@ impl RedbStore {
 
     /// Checks the version, and makes the tables of a new file.
     fn prepare(&self) -> Result<(), StoreError> {
-        let found = self.write(|transaction| {
-            let mut meta = transaction.open_table(META)?;
-            let found = meta.get("schema")?.map(|value| value.value());
-            match found {
-                None => {
-                    meta.insert("schema", SCHEMA)?;
-                    transaction.open_table(CONFIGS)?;
-                    transaction.open_table(DRAINS)?;
-                    Ok(SCHEMA)
-                }
-                Some(found) => Ok(found),
-            }
+        let found = self.read(|transaction| match transaction.open_table(META) {
+            Ok(meta) => Ok(meta.get("schema")?.map(|value| value.value())),
+            Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(error.into()),
         })?;
-        if found > SCHEMA {
-            return Err(StoreError::Later {
+        match found {
+            Some(found) if found > SCHEMA => Err(StoreError::Later {
                 path: self.path.clone(),
                 found,
                 known: SCHEMA,
-            });
+            }),
+            Some(_) => Ok(()),
+            None => self.write(|transaction| {
+                transaction.open_table(META)?.insert("schema", SCHEMA)?;
+                transaction.open_table(CONFIGS)?;
+                transaction.open_table(DRAINS)?;
+                Ok(())
+            }),
         }
-        Ok(())
     }
 
     fn write<T>(

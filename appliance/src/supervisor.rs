@@ -81,7 +81,9 @@ pub fn main(options: Options, environment: Environment) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("edged: it cannot start: {error}; see the limits of the unit: systemctl show edged -p LimitNOFILE");
+            eprintln!(
+                "edged: it cannot start: {error}; see the limits of the unit: systemctl show edged -p LimitNOFILE"
+            );
             return ExitCode::FAILURE;
         }
     };
@@ -100,13 +102,17 @@ pub fn main(options: Options, environment: Environment) -> ExitCode {
 /// Checks the configuration file as a start would; prints what is wrong, or that nothing is.
 pub fn check(options: &Options) -> ExitCode {
     let origin = options.config.display().to_string();
-    let checked = std::fs::read_to_string(&options.config)
-        .map_err(|error| boot::unreadable(&options.config, &error))
+    let checked = opening::read_config(&options.config)
         .and_then(|text| config::load(&text, &origin).map_err(|faulty| faulty.to_string()))
         .and_then(|loaded| Ok((loaded.check_files().map_err(|faulty| faulty.to_string())?, loaded)));
     match checked {
         Ok((more, loaded)) => {
-            for warning in loaded.warnings.iter().cloned().chain(more.iter().map(ToString::to_string)) {
+            for warning in loaded
+                .warnings
+                .iter()
+                .cloned()
+                .chain(more.iter().map(ToString::to_string))
+            {
                 eprintln!("{warning}\n");
             }
             println!("{origin}: good");
@@ -124,11 +130,22 @@ async fn run(options: Options, mut environment: Environment) -> Result<(), Failu
     let notify = Notify::new(&environment);
     let (ops, mut asked) = mpsc::channel(64);
     let booted = boot::boot(&options, notify, std::mem::take(&mut environment.descriptors), ops).await?;
-    let Booted { house, control, socket, lock: _lock, ready } = booted;
+    let Booted {
+        house,
+        control,
+        socket,
+        lock: _lock,
+        ready,
+    } = booted;
     tokio::spawn(control::serve(control, house.ops.clone()));
     let mut first = tokio::spawn(boot::finish(Arc::clone(&house), ready));
     let mut starting = true;
-    let mut watchdog = tokio::time::interval(house.notify.watchdog().map_or(Duration::from_secs(3600), |limit| (limit / 2).max(WATCHDOG)));
+    let mut watchdog = tokio::time::interval(
+        house
+            .notify
+            .watchdog()
+            .map_or(Duration::from_secs(3600), |limit| (limit / 2).max(WATCHDOG)),
+    );
     watchdog.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -153,7 +170,10 @@ async fn stop(house: &Arc<House>, signal: &'static str, signals: &mut Signals) {
     house.notify.stopping();
     let keepers: Vec<_> = lock(&house.workers).values().cloned().collect();
     let all = async {
-        let stops: Vec<_> = keepers.into_iter().map(|keeper| tokio::spawn(async move { keeper.stop(GRACE).await })).collect();
+        let stops: Vec<_> = keepers
+            .into_iter()
+            .map(|keeper| tokio::spawn(async move { keeper.stop(GRACE).await }))
+            .collect();
         for stop in stops {
             let _ = stop.await;
         }
@@ -181,9 +201,14 @@ impl House {
     async fn answer(self: &Arc<Self>, ask: Ask, author: &Author) -> Result<Answer, Refusal> {
         match ask {
             Ask::Status => Ok(Answer::Status(Box::new(self.status().await))),
-            Ask::Metrics => Ok(Answer::Metrics { text: metrics::render(&self.status().await) }),
+            Ask::Metrics => Ok(Answer::Metrics {
+                text: metrics::render(&self.status().await),
+            }),
             Ask::Lb { request } => {
-                if matches!(request, lb::status::Request::Drain { .. } | lb::status::Request::Undrain { .. }) {
+                if matches!(
+                    request,
+                    lb::status::Request::Drain { .. } | lb::status::Request::Undrain { .. }
+                ) {
                     tracing::info!(author = name(author), ?request, "asked for");
                 }
                 let keeper = lock(&self.workers).get(&Role::Lb).cloned();
@@ -197,7 +222,10 @@ impl House {
             }
             Ask::ConfigShow => {
                 let now = lock(&self.now);
-                Ok(Answer::Config(ConfigText { revision: now.number(), text: now.loaded.text.clone() }))
+                Ok(Answer::Config(ConfigText {
+                    revision: now.number(),
+                    text: now.loaded.text.clone(),
+                }))
             }
             Ask::ConfigHistory => {
                 let running = lock(&self.now).number();
@@ -207,9 +235,18 @@ impl House {
                 }
                 Ok(Answer::History { revisions })
             }
-            Ask::ConfigApply { text, origin, confirm_seconds } => {
-                let origin = Origin { author: name(author), origin };
-                self.apply(text, origin, confirm_seconds.map(Duration::from_secs)).await.map(Answer::Applied)
+            Ask::ConfigApply {
+                text,
+                origin,
+                confirm_seconds,
+            } => {
+                let origin = Origin {
+                    author: name(author),
+                    origin,
+                };
+                self.apply(text, origin, confirm_seconds.map(Duration::from_secs))
+                    .await
+                    .map(Answer::Applied)
             }
             Ask::ConfigConfirm => self.confirm(&name(author)).await.map(Answer::Applied),
             Ask::ConfigRollback { revision } => self.roll_back(revision, name(author)).await.map(Answer::Applied),
@@ -219,14 +256,17 @@ impl House {
     async fn status(&self) -> Status {
         let keepers = lock(&self.workers).clone();
         let lb = match keepers.get(&Role::Lb) {
-            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(lb::status::Request::Status)).await.ok().flatten(),
+            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(lb::status::Request::Status))
+                .await
+                .ok()
+                .flatten(),
             None => None,
         };
         let lb = lb.and_then(|answer| match answer {
             lb::status::Answer::Status(status) => Some(status),
             _ => None,
         });
-        let file = std::fs::read_to_string(&self.options.config).ok();
+        let file = opening::read_config(&self.options.config).ok();
         let now = lock(&self.now);
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -251,11 +291,17 @@ fn name(author: &Author) -> String {
 }
 
 fn could_not(message: impl Into<String>) -> Refusal {
-    Refusal { message: message.into(), bad_request: false }
+    Refusal {
+        message: message.into(),
+        bad_request: false,
+    }
 }
 
 fn bad_request(message: impl Into<String>) -> Refusal {
-    Refusal { message: message.into(), bad_request: true }
+    Refusal {
+        message: message.into(),
+        bad_request: true,
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

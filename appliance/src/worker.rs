@@ -5,8 +5,8 @@
 //! ```
 //! Its standard input is the channel to the supervisor; nothing else is open but standard output and error.
 
-pub mod message;
 mod lb;
+pub mod message;
 mod web;
 
 use std::{
@@ -60,14 +60,19 @@ impl fmt::Display for Role {
 impl FromStr for Role {
     type Err = ();
     fn from_str(name: &str) -> Result<Self, ()> {
-        [Self::Lb, Self::Web].into_iter().find(|role| role.name() == name).ok_or(())
+        [Self::Lb, Self::Web]
+            .into_iter()
+            .find(|role| role.name() == name)
+            .ok_or(())
     }
 }
 
 /// Runs the worker to its end. `role` is the argument after [`ARGUMENT`].
 pub fn main(role: Option<&str>) -> ExitCode {
     let Some(role) = role.and_then(|name| name.parse::<Role>().ok()) else {
-        eprintln!("edged: {ARGUMENT} is how edged starts its own workers; to start the appliance: systemctl start edged");
+        eprintln!(
+            "edged: {ARGUMENT} is how edged starts its own workers; to start the appliance: systemctl start edged"
+        );
         return ExitCode::from(2);
     };
     match prepare(role).and_then(|(runtime, channel)| runtime.block_on(run(role, channel))) {
@@ -86,8 +91,12 @@ fn prepare(role: Role) -> anyhow::Result<(tokio::runtime::Runtime, OwnedFd)> {
     abort_on_panic(role.name());
     ignore_signals();
     // A descriptor above the standard ones: what is standard may be replaced by libraries.
-    let channel = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is closed")?;
-    let supervisor = channel::maker(&channel).context("standard input is no channel; only edged itself starts workers")?;
+    let channel = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("standard input is closed")?;
+    let supervisor =
+        channel::maker(&channel).context("standard input is no channel; only edged itself starts workers")?;
     if let Ok(null) = std::fs::File::open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(null);
     }
@@ -95,11 +104,16 @@ fn prepare(role: Role) -> anyhow::Result<(tokio::runtime::Runtime, OwnedFd)> {
         let _ = rustix::thread::set_name(&name);
     }
     // Before the sandbox, because it makes a socket pair for signals.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("no runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("no runtime")?;
     let entered = sandbox::enter(role, supervisor)?;
     if entered.landlock == sandbox::Landlock::Missing {
         log::start(role.name(), &config::Log::default());
-        tracing::warn!("this kernel has no Landlock: only seccomp keeps this worker from files; use Linux 6.12 or later");
+        tracing::warn!(
+            "this kernel has no Landlock: only seccomp keeps this worker from files; use Linux 6.12 or later"
+        );
     }
     Ok((runtime, channel))
 }
@@ -107,8 +121,12 @@ fn prepare(role: Role) -> anyhow::Result<(tokio::runtime::Runtime, OwnedFd)> {
 /// Receives the service and runs it.
 async fn run(role: Role, channel: OwnedFd) -> anyhow::Result<()> {
     let channel = Arc::new(Channel::new(channel, channel::MAX_DESCRIPTORS).context("the channel cannot be polled")?);
-    let Some((message, descriptors)) = channel.receive::<ToWorker>().await? else { return Ok(()) };
-    let ToWorker::Start(start) = message else { bail!("the supervisor's first message is not Start") };
+    let Some((message, descriptors)) = channel.receive::<ToWorker>().await? else {
+        return Ok(());
+    };
+    let ToWorker::Start(start) = message else {
+        bail!("the supervisor's first message is not Start")
+    };
     let loaded = load(&start.service.text)?;
     log::start(role.name(), &loaded.config.log);
     log::change(&loaded.config.log);
@@ -143,15 +161,21 @@ type Listeners = Vec<(SocketAddr, Vec<OwnedFd>)>;
 
 /// Deals `descriptors` out to the listeners of `service`; whatever `before` is first goes to the caller.
 fn deal(service: &Service, descriptors: Vec<OwnedFd>, before: usize) -> anyhow::Result<(Vec<OwnedFd>, Listeners)> {
-    let wanted = before + service.listeners.iter().map(|(_, copies)| usize::from(*copies)).sum::<usize>();
+    let wanted = before
+        + service
+            .listeners
+            .iter()
+            .map(|(_, copies)| usize::from(*copies))
+            .sum::<usize>();
     if descriptors.len() != wanted {
         bail!("the supervisor passed {} descriptors for {wanted}", descriptors.len());
     }
     let mut descriptors = descriptors.into_iter();
     let first = descriptors.by_ref().take(before).collect();
-    let listeners = service.listeners.iter().map(|(address, copies)| {
-        (*address, descriptors.by_ref().take(usize::from(*copies)).collect())
-    });
+    let listeners = service
+        .listeners
+        .iter()
+        .map(|(address, copies)| (*address, descriptors.by_ref().take(usize::from(*copies)).collect()));
     Ok((first, listeners.collect()))
 }
 

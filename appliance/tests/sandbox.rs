@@ -200,6 +200,8 @@ fn attempt(role: Role) {
     let key = PathBuf::from(std::env::var(KEY).expect("set"));
     let before = Before::new();
     let entered = sandbox::enter(role, parent).expect("entered");
+    // The harness has begun a line.
+    println!();
     say("landlock", &format!("{:?}", entered.landlock));
     say("uid", &entered.uid.to_string());
     let mut status = vec![0; 16 << 10];
@@ -488,7 +490,9 @@ fn allowed_things(before: Before) {
         )?)
     });
     attempt_to("random", || {
-        rustix::rand::getrandom(&mut [0_u8; 8], rustix::rand::GetRandomFlags::empty()).map(|_| ()).map_err(Into::into)
+        rustix::rand::getrandom(&mut [0_u8; 8], rustix::rand::GetRandomFlags::empty())
+            .map(|_| ())
+            .map_err(Into::into)
     });
     attempt_to("nonblocking", || before.client.set_nonblocking(true));
     attempt_to("keepalive", || {

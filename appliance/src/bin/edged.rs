@@ -34,8 +34,14 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()) * 2);
         }
     };
-    let state = arguments.state.or_else(state_directory).unwrap_or_else(|| "/var/lib/edged".into());
-    let options = supervisor::Options { config: arguments.config, state };
+    let state = arguments
+        .state
+        .or_else(state_directory)
+        .unwrap_or_else(|| "/var/lib/edged".into());
+    let options = supervisor::Options {
+        config: arguments.config,
+        state,
+    };
     if arguments.check {
         return supervisor::check(&options);
     }
@@ -46,5 +52,9 @@ fn main() -> ExitCode {
 /// The first of what a unit's StateDirectory= made.
 fn state_directory() -> Option<PathBuf> {
     let directories = std::env::var("STATE_DIRECTORY").ok()?;
-    directories.split(':').next().filter(|directory| !directory.is_empty()).map(PathBuf::from)
+    directories
+        .split(':')
+        .next()
+        .filter(|directory| !directory.is_empty())
+        .map(PathBuf::from)
 }

@@ -68,12 +68,18 @@ impl Out {
 
     /// Writes to stdout. A reader that has gone (`| head`) is no error.
     pub(crate) fn print(self, text: &str) {
+        let _ = self.write(text);
+    }
+
+    /// As [`Out::print`]; `false` if the reader has gone.
+    pub(crate) fn write(self, text: &str) -> bool {
         let mut stdout = std::io::stdout().lock();
-        let _ = stdout.write_all(text.as_bytes());
-        if !text.ends_with('\n') {
-            let _ = stdout.write_all(b"\n");
-        }
-        let _ = stdout.flush();
+        let end = if text.ends_with('\n') { "" } else { "\n" };
+        stdout
+            .write_all(text.as_bytes())
+            .and_then(|()| stdout.write_all(end.as_bytes()))
+            .and_then(|()| stdout.flush())
+            .is_ok()
     }
 
     pub(crate) fn print_json(self, value: &serde_json::Value) {

@@ -48,7 +48,9 @@ pub(super) async fn show(client: &Client, out: Out, watch: bool) -> Result<u8, F
         } else {
             text
         };
-        out.print(&text);
+        if !out.write(&text) {
+            return Ok(0);
+        }
         tokio::time::sleep(WATCH).await;
     }
 }

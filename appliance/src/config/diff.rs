@@ -7,7 +7,7 @@ use similar::TextDiff;
 use toml::{Table, Value};
 
 /// Keys that a reload cannot put into effect.
-const RESTART: [&str; 1] = ["control.socket"];
+const RESTART: [&str; 2] = ["control.socket", "lb.threads"];
 
 /// One difference by meaning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -41,10 +41,7 @@ pub enum ChangeKind {
 pub fn changes(before: &str, after: &str) -> Vec<Change> {
     let (before, after) = (flat(before), flat(after));
     let mut found = Vec::new();
-    for key in before
-        .keys()
-        .chain(after.keys().filter(|key| !before.contains_key(*key)))
-    {
+    for key in before.keys().chain(after.keys()).collect::<BTreeSet<_>>() {
         let (old, new) = (before.get(key), after.get(key));
         if old == new {
             continue;

@@ -666,12 +666,10 @@ fn mask(text: &str, table: &DeTable<'_>) -> String {
     String::from_utf8(bytes).unwrap_or_default()
 }
 
+type Each<'a> = dyn FnMut(&[String], Range<usize>, &serde_spanned::Spanned<DeValue<'_>>) + 'a;
+
 /// Calls `each` with the path, the key's span and the value of every key, tables and arrays entered.
-fn visit(
-    table: &DeTable<'_>,
-    path: &mut Vec<String>,
-    each: &mut dyn FnMut(&[String], Range<usize>, &serde_spanned::Spanned<DeValue<'_>>),
-) {
+fn visit(table: &DeTable<'_>, path: &mut Vec<String>, each: &mut Each<'_>) {
     for (key, value) in table {
         path.push(key.get_ref().to_string());
         each(path, key.span(), value);
@@ -680,11 +678,7 @@ fn visit(
     }
 }
 
-fn visit_value(
-    value: &DeValue<'_>,
-    path: &mut Vec<String>,
-    each: &mut dyn FnMut(&[String], Range<usize>, &serde_spanned::Spanned<DeValue<'_>>),
-) {
+fn visit_value(value: &DeValue<'_>, path: &mut Vec<String>, each: &mut Each<'_>) {
     match value {
         DeValue::Table(table) => visit(table, path, each),
         DeValue::Array(array) => array.iter().for_each(|value| visit_value(value.get_ref(), path, each)),

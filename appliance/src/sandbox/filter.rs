@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use libc::c_long;
 use seccompiler::{
-    BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+    BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
 };
 
 use crate::worker::Role;
@@ -84,7 +85,14 @@ const COMMON: &[c_long] = &[
 ];
 
 /// What the balancer makes on top: connections and datagrams out, pipes to splice through.
-const LB: &[c_long] = &[libc::SYS_connect, libc::SYS_bind, libc::SYS_recvmmsg, libc::SYS_sendmmsg, libc::SYS_splice, libc::SYS_pipe2];
+const LB: &[c_long] = &[
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_splice,
+    libc::SYS_pipe2,
+];
 
 /// Installs the filters on this thread and those it starts.
 pub(super) fn apply(role: Role) -> Result<(), seccompiler::Error> {
@@ -158,7 +166,10 @@ fn restricted(rules: &mut Rules) -> Result<(), BackendError> {
         libc::F_GET_SEALS,
     ];
     rules.insert(libc::SYS_fcntl, one_of(1, &commands)?);
-    rules.insert(libc::SYS_ioctl, numbers(1, &[libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX])?);
+    rules.insert(
+        libc::SYS_ioctl,
+        numbers(1, &[libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX])?,
+    );
     // How glibc asks about a descriptor: an empty path and this flag.
     rules.insert(libc::SYS_newfstatat, one_of(3, &[libc::AT_EMPTY_PATH])?);
     rules.insert(libc::SYS_setsockopt, socket_options()?);
@@ -169,7 +180,10 @@ fn restricted(rules: &mut Rules) -> Result<(), BackendError> {
 fn internet_sockets() -> Result<Vec<SeccompRule>, BackendError> {
     let mut allowed = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        for (kind, protocol) in [(libc::SOCK_STREAM, libc::IPPROTO_TCP), (libc::SOCK_DGRAM, libc::IPPROTO_UDP)] {
+        for (kind, protocol) in [
+            (libc::SOCK_STREAM, libc::IPPROTO_TCP),
+            (libc::SOCK_DGRAM, libc::IPPROTO_UDP),
+        ] {
             // The bits above the kind are flags such as SOCK_CLOEXEC.
             for protocol in [0, protocol] {
                 allowed.push(rule([equal(0, family)?, masked(1, 0xf, kind)?, equal(2, protocol)?])?);
@@ -181,8 +195,12 @@ fn internet_sockets() -> Result<Vec<SeccompRule>, BackendError> {
 
 /// Options of sockets, addresses and TCP; not those that load programs or other protocols into the kernel.
 fn socket_options() -> Result<Vec<SeccompRule>, BackendError> {
-    let programs =
-        [libc::SO_ATTACH_FILTER, libc::SO_ATTACH_BPF, libc::SO_ATTACH_REUSEPORT_CBPF, libc::SO_ATTACH_REUSEPORT_EBPF];
+    let programs = [
+        libc::SO_ATTACH_FILTER,
+        libc::SO_ATTACH_BPF,
+        libc::SO_ATTACH_REUSEPORT_CBPF,
+        libc::SO_ATTACH_REUSEPORT_EBPF,
+    ];
     let mut socket = vec![equal(1, libc::SOL_SOCKET)?];
     for option in programs {
         socket.push(differs(2, option)?);
@@ -211,7 +229,10 @@ fn one_of(argument: u8, values: &[i32]) -> Result<Vec<SeccompRule>, BackendError
 
 /// As [`one_of`], for the requests of ioctl(2), which are unsigned.
 fn numbers(argument: u8, values: &[libc::c_ulong]) -> Result<Vec<SeccompRule>, BackendError> {
-    values.iter().map(|value| rule([condition(argument, SeccompCmpOp::Eq, *value)?])).collect()
+    values
+        .iter()
+        .map(|value| rule([condition(argument, SeccompCmpOp::Eq, *value)?]))
+        .collect()
 }
 
 fn equal(argument: u8, value: i32) -> Result<SeccompCondition, BackendError> {

@@ -23,7 +23,7 @@ use super::{
     change::Now,
     keeper::{Keeper, Links},
     lock, memory,
-    opening::{self, Spec, adopt},
+    opening::{self, Adopted, Sockets, Spec, adopt, read_config},
     socket,
     vault::Vault,
 };
@@ -92,20 +92,25 @@ pub(super) async fn boot(
     for warning in &loaded.warnings {
         warning.lines().for_each(|line| tracing::warn!("{line}"));
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), origin = loaded.origin, revision = chosen.revision, "starting");
-    let names: Vec<String> = descriptors.iter().map(|(name, _)| name.clone()).collect();
-    let (held, state, _) = adopt(descriptors);
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        origin = loaded.origin,
+        revision = chosen.revision,
+        "starting"
+    );
+    let mut adopted = adopt(descriptors);
     let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
     let threads = lb::threads(&loaded.config.lb, cores);
-    let opened = opening::open(&loaded, threads, &held).map_err(Failure::not)?;
-    drop(held);
+    let opened = opening::open(&loaded, threads, &adopted.sockets).map_err(Failure::not)?;
     let path = loaded.config.control.socket.value.clone();
     let control = socket::bind(&path).map_err(|(message, help)| {
         let span = loaded.config.control.socket.span.clone();
         Failure::not(config::render(&loaded.text, &loaded.origin, span, &message, &help))
     })?;
-    let state = state_memory(state);
-    keep(&notify, &names, &opened.sockets(), state.as_deref());
+    let state = state_memory(adopted.state.take());
+    keep(&notify, &adopted, &opened.sockets(), state.as_deref());
+    // What is not needed any more is closed with it.
+    drop(adopted);
     let house = Arc::new(House {
         options: options.clone(),
         started,
@@ -133,7 +138,13 @@ pub(super) async fn boot(
             ready.push(house.start_worker(role, spec.clone()).await);
         }
     }
-    Ok(Booted { house, control, socket: path, lock, ready })
+    Ok(Booted {
+        house,
+        control,
+        socket: path,
+        lock,
+        ready,
+    })
 }
 
 /// Waits for the workers, keeps the configuration of a first start, and tells the manager that everything runs.
@@ -148,13 +159,24 @@ pub(super) async fn finish(house: Arc<House>, ready: Vec<Ready>) {
         (now.revision == 0, now.loaded.text.clone(), now.loaded.origin.clone())
     };
     if first && house.vault.is_open() {
-        match house.vault.call(move |store| store.confirm_config(&text, "first start", &origin)).await {
+        match house
+            .vault
+            .call(move |store| store.confirm_config(&text, "first start", &origin))
+            .await
+        {
             Ok(revision) => {
-                tracing::info!(revision = revision.revision, author = "first start", "configuration confirmed");
+                tracing::info!(
+                    revision = revision.revision,
+                    author = "first start",
+                    "configuration confirmed"
+                );
                 lock(&house.now).revision = revision.revision;
             }
             Err(error) => {
-                tracing::error!(error, "the configuration serves but could not be kept: the next start reads the file again");
+                tracing::error!(
+                    error,
+                    "the configuration serves but could not be kept: the next start reads the file again"
+                );
                 lock(&house.now).last_error = Some(format!("the configuration could not be kept: {error}"));
             }
         }
@@ -168,8 +190,17 @@ impl House {
     /// Starts a worker and its keeper.
     pub(super) async fn start_worker(&self, role: Role, spec: Spec) -> Ready {
         let (ready, is_ready) = oneshot::channel();
-        let drains = if role == Role::Lb { self.vault.drains().await } else { Default::default() };
-        let links = Links { vault: Arc::clone(&self.vault), ops: self.ops.clone(), state: self.state.clone(), drains };
+        let drains = if role == Role::Lb {
+            self.vault.drains().await
+        } else {
+            Default::default()
+        };
+        let links = Links {
+            vault: Arc::clone(&self.vault),
+            ops: self.ops.clone(),
+            state: self.state.clone(),
+            drains,
+        };
         let keeper = Keeper::start(role, spec, links, ready);
         lock(&self.workers).insert(role, keeper);
         is_ready
@@ -184,65 +215,81 @@ impl House {
             (None, Some(seconds)) => format!("; to be confirmed within {seconds} s: edgectl config confirm"),
             (None, None) => String::new(),
         };
-        self.notify.status(&format!("serving {listeners} listeners, configuration {}{state}", now.number()));
+        self.notify.status(&format!(
+            "serving {listeners} listeners, configuration {}{state}",
+            now.number()
+        ));
     }
-}
-
-/// What an operator can do about a file that cannot be read.
-pub(super) fn unreadable(path: &Path, error: &io::Error) -> String {
-    let path = path.display();
-    if error.kind() == io::ErrorKind::NotFound {
-        return format!(
-            "there is no configuration: {path} does not exist, so there is nothing to serve\n\
-             write one, check it with: edgectl config check {path}; then: systemctl restart edged"
-        );
-    }
-    format!("the configuration {path} cannot be read: {error}; look at: ls -l {path}")
 }
 
 /// The confirmed configuration, or the file where there is none.
 async fn choose(options: &Options, vault: &Vault) -> Result<Chosen, Failure> {
     let origin = options.config.display().to_string();
-    let file = std::fs::read_to_string(&options.config);
+    let file = read_config(&options.config);
     let (confirmed, store_error) = if vault.is_open() {
         match vault.call(|store| store.confirmed()).await {
             Ok(confirmed) => (confirmed, None),
             Err(error) => (None, Some(error)),
         }
     } else {
-        (None, Some("the store could not be opened; see the log: journalctl -u edged".to_owned()))
+        (
+            None,
+            Some("the store could not be opened; see the log: journalctl -u edged".to_owned()),
+        )
     };
     let mut last_error = store_error.map(|error| format!("the confirmed configuration is not known: {error}"));
     if let Some(confirmed) = confirmed {
         let same = file.as_ref().is_ok_and(|file| *file == confirmed.text);
-        let name = if same { origin.clone() } else { format!("configuration {}", confirmed.revision) };
+        let name = if same {
+            origin.clone()
+        } else {
+            format!("configuration {}", confirmed.revision)
+        };
         match config::load(&confirmed.text, &name) {
             Ok(loaded) => {
                 if !same {
                     tell_difference(&origin, confirmed.revision, &file);
                 }
-                return Ok(Chosen { loaded, revision: Some(confirmed.revision), last_error });
+                return Ok(Chosen {
+                    loaded,
+                    revision: Some(confirmed.revision),
+                    last_error,
+                });
             }
             Err(faulty) if same => return Err(Failure::config(faulty.to_string())),
             Err(faulty) => {
                 log::error_lines(&faulty.to_string());
-                tracing::error!(revision = confirmed.revision, file = origin, "this release cannot read the confirmed configuration; the file is tried");
-                last_error = Some(format!("the confirmed configuration {} cannot be read by this release", confirmed.revision));
+                tracing::error!(
+                    revision = confirmed.revision,
+                    file = origin,
+                    "this release cannot read the confirmed configuration; the file is tried"
+                );
+                last_error = Some(format!(
+                    "the confirmed configuration {} cannot be read by this release",
+                    confirmed.revision
+                ));
             }
         }
     }
-    let text = file.map_err(|error| Failure::config(unreadable(&options.config, &error)))?;
+    let text = file.map_err(Failure::config)?;
     let loaded = config::load(&text, &origin).map_err(|faulty| Failure::config(faulty.to_string()))?;
-    Ok(Chosen { loaded, revision: None, last_error })
+    Ok(Chosen {
+        loaded,
+        revision: None,
+        last_error,
+    })
 }
 
-fn tell_difference(origin: &str, revision: u64, file: &io::Result<String>) {
+fn tell_difference(origin: &str, revision: u64, file: &Result<String, String>) {
     match file {
         Ok(_) => tracing::warn!(
             "{origin} differs from the confirmed configuration {revision}, which serves; \
              see how: edgectl config diff; put it into effect: edgectl config apply"
         ),
-        Err(error) => tracing::warn!("{origin} cannot be read ({error}); the confirmed configuration {revision} serves"),
+        Err(error) => {
+            log::error_lines(error);
+            tracing::warn!("the confirmed configuration {revision} serves");
+        }
     }
 }
 
@@ -255,10 +302,20 @@ fn take_lock(state: &Path) -> Result<File, Failure> {
              it must belong to the user edged runs as; under systemd: StateDirectory=edged; look at: ls -ld {shown}"
         ))
     };
-    DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(access)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state)
+        .map_err(access)?;
     let path = state.join("edged.lock");
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(access)?;
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(access)?;
     if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut owner = String::new();
         let _ = file.read_to_string(&mut owner);
@@ -280,7 +337,13 @@ fn take_lock(state: &Path) -> Result<File, Failure> {
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
 }
 
 fn state_memory(adopted: Option<OwnedFd>) -> Option<Arc<OwnedFd>> {
@@ -294,10 +357,10 @@ fn state_memory(adopted: Option<OwnedFd>) -> Option<Arc<OwnedFd>> {
 }
 
 /// Has the manager keep exactly what is in use.
-fn keep(notify: &Notify, had: &[String], sockets: &opening::Sockets, state: Option<&OwnedFd>) {
-    // Names first, whatever was under them: a listener with more sockets than threads would lose connections.
-    for name in had {
-        notify.remove(name);
+fn keep(notify: &Notify, adopted: &Adopted, sockets: &Sockets, state: Option<&OwnedFd>) {
+    // First of all: a listener with more sockets than threads would lose connections.
+    for name in adopted.stale(sockets) {
+        notify.remove(&name);
     }
     for (address, copies) in sockets {
         let copies: Vec<_> = copies.iter().map(|copy| copy.as_fd()).collect();

@@ -24,6 +24,8 @@ use crate::{
 
 /// Wait before a revert that failed is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
+/// For a worker that did not run before to get ready.
+const FIRST_START: Duration = Duration::from_secs(5);
 
 /// The configuration in effect.
 pub(super) struct Now {
@@ -48,7 +50,8 @@ impl Now {
 
     /// Seconds until it is taken back.
     pub(super) fn reverts_in(&self) -> Option<u64> {
-        self.reverts.map(|at| at.saturating_duration_since(Instant::now()).as_secs())
+        self.reverts
+            .map(|at| at.saturating_duration_since(Instant::now()).as_secs())
     }
 }
 
@@ -73,11 +76,12 @@ impl House {
     pub(super) async fn reload_file(self: Arc<Self>) {
         self.notify.reloading();
         let path = self.options.config.clone();
-        let origin = Origin { author: "SIGHUP".into(), origin: path.display().to_string() };
+        let origin = Origin {
+            author: "SIGHUP".into(),
+            origin: path.display().to_string(),
+        };
         // On a thread that may wait: the file may lie on a disk that hangs.
-        let text = tokio::task::spawn_blocking(move || {
-            std::fs::read_to_string(&path).map_err(|error| super::boot::unreadable(&path, &error))
-        });
+        let text = tokio::task::spawn_blocking(move || opening::read_config(&path));
         let text = text.await.unwrap_or_else(|error| Err(error.to_string()));
         match text {
             // Told and kept by `apply`.
@@ -89,9 +93,15 @@ impl House {
     }
 
     /// Puts `text` into effect; without `confirm` for good, with it until that time is over.
-    pub(super) async fn apply(self: &Arc<Self>, text: String, origin: Origin, confirm: Option<Duration>) -> Result<Applied, Refusal> {
+    pub(super) async fn apply(
+        self: &Arc<Self>,
+        text: String,
+        origin: Origin,
+        confirm: Option<Duration>,
+    ) -> Result<Applied, Refusal> {
         let _one_at_a_time = self.change.lock().await;
-        self.apply_locked(text, origin, confirm.map_or(Keep::Confirm, Keep::Until)).await
+        self.apply_locked(text, origin, confirm.map_or(Keep::Confirm, Keep::Until))
+            .await
     }
 
     /// Keeps what was applied with a deadline.
@@ -107,7 +117,14 @@ impl House {
             }
             (now.loaded.text.clone(), now.loaded.origin.clone())
         };
-        self.keep_confirmed(text, &Origin { author: author.into(), origin }).await?;
+        self.keep_confirmed(
+            text,
+            &Origin {
+                author: author.into(),
+                origin,
+            },
+        )
+        .await?;
         self.tell_status();
         Ok(self.applied(false))
     }
@@ -125,13 +142,32 @@ impl House {
             None if unconfirmed => running,
             None => {
                 let history = self.vault.call(|store| store.history()).await.map_err(could_not)?;
-                let before = history.iter().map(|revision| revision.revision).filter(|number| *number < running).max();
-                before.ok_or_else(|| bad_request(format!("there is no configuration before {running}; see them: edgectl config history")))?
+                let before = history
+                    .iter()
+                    .map(|revision| revision.revision)
+                    .filter(|number| *number < running)
+                    .max();
+                before.ok_or_else(|| {
+                    bad_request(format!(
+                        "there is no configuration before {running}; see them: edgectl config history"
+                    ))
+                })?
             }
         };
-        let found = self.vault.call(move |store| store.revision(wanted)).await.map_err(could_not)?;
-        let found = found.ok_or_else(|| bad_request(format!("there is no configuration {wanted} any more; see them: edgectl config history")))?;
-        let origin = Origin { author, origin: format!("configuration {wanted}") };
+        let found = self
+            .vault
+            .call(move |store| store.revision(wanted))
+            .await
+            .map_err(could_not)?;
+        let found = found.ok_or_else(|| {
+            bad_request(format!(
+                "there is no configuration {wanted} any more; see them: edgectl config history"
+            ))
+        })?;
+        let origin = Origin {
+            author,
+            origin: format!("configuration {wanted}"),
+        };
         self.apply_locked(found.text, origin, Keep::Confirm).await
     }
 
@@ -147,8 +183,14 @@ impl House {
                 }
                 (now.confirmed.clone(), now.revision)
             };
-            tracing::warn!(revision, "nobody confirmed the configuration in time; going back to the confirmed one");
-            let origin = Origin { author: "deadline".into(), origin: format!("configuration {revision}") };
+            tracing::warn!(
+                revision,
+                "nobody confirmed the configuration in time; going back to the confirmed one"
+            );
+            let origin = Origin {
+                author: "deadline".into(),
+                origin: format!("configuration {revision}"),
+            };
             if self.apply_locked(text, origin, Keep::Confirmed).await.is_ok() {
                 return self.tell_status();
             }
@@ -172,7 +214,11 @@ impl House {
     }
 
     fn failed(&self, message: &str, origin: &Origin) {
-        tracing::error!(author = origin.author, origin = origin.origin, "configuration refused; the one before goes on serving");
+        tracing::error!(
+            author = origin.author,
+            origin = origin.origin,
+            "configuration refused; the one before goes on serving"
+        );
         log::error_lines(message);
         lock(&self.now).last_error = Some(message.to_owned());
     }
@@ -186,15 +232,23 @@ impl House {
         let opened = opening::open(&loaded, self.threads, &before.sockets()).map_err(could_not)?;
         let opened = unchanged_specs(opened, &before, &old.text, &loaded.text);
         let same_text = loaded.text == old.text;
+        // A file that it names may have changed all the same.
+        let keep = if same_text && !unconfirmed && lock(&self.now).revision > 0 {
+            Keep::Confirmed
+        } else {
+            keep
+        };
         if same_text && opened.lb == before.lb && opened.web == before.web {
             match keep {
-                Keep::Confirm if unconfirmed || lock(&self.now).revision == 0 => self.keep_confirmed(text, origin).await?,
+                Keep::Confirm if unconfirmed || lock(&self.now).revision == 0 => {
+                    self.keep_confirmed(text, origin).await?
+                }
                 _ => tracing::info!(author = origin.author, "configuration unchanged"),
             }
             return Ok(self.applied(true));
         }
         loaded.warnings.extend(at_restart(&loaded, &old));
-        // Names in the store before the workers take over: a supervisor that dies in between loses nothing.
+        // In the manager's store before the workers take over: a supervisor that dies in between loses nothing.
         self.store_sockets(&before.sockets(), &opened.sockets());
         let done = self.hand_over(&before, &opened).await;
         let kept = match (done, &keep) {
@@ -207,9 +261,12 @@ impl House {
             Err(message) => {
                 // Also what only half of the workers took over.
                 if let Err(error) = self.hand_over(&opened, &before).await {
-                    tracing::error!(error, "a worker did not go back to the configuration before; it is started again with it");
+                    tracing::error!(
+                        error,
+                        "a worker did not go back to the configuration before; it is started again with it"
+                    );
                 }
-                self.store_sockets(&opened.sockets(), &before.sockets());
+                self.forget_sockets(&opened.sockets(), &before.sockets());
                 return Err(could_not(message));
             }
         };
@@ -229,7 +286,11 @@ impl House {
             if let Some(revision) = revision {
                 now.revision = revision;
             }
-            if let Keep::Until(time) = keep { Some((time, now.generation)) } else { None }
+            if let Keep::Until(time) = keep {
+                Some((time, now.generation))
+            } else {
+                None
+            }
         };
         self.forget_sockets(&before.sockets(), &sockets);
         if let Some((time, generation)) = deadline {
@@ -253,10 +314,16 @@ impl House {
             let keeper = lock(&self.workers).get(&role).cloned();
             match (to.spec(role), keeper) {
                 (Some(spec), Some(_)) if from.spec(role) == Some(spec) => {}
-                (Some(spec), Some(keeper)) => keeper.reload(spec.clone()).await.map_err(|error| refused(role, &error))?,
+                (Some(spec), Some(keeper)) => keeper
+                    .reload(spec.clone())
+                    .await
+                    .map_err(|error| refused(role, &error))?,
                 (Some(spec), None) => {
                     let ready = self.start_worker(role, spec.clone()).await;
-                    let _ = tokio::time::timeout(Duration::from_secs(3), ready).await;
+                    let ready = tokio::time::timeout(FIRST_START, ready).await;
+                    ready
+                        .map_err(|_| refused(role, "it does not get ready; see its lines in the log"))?
+                        .map_err(|_| refused(role, "it ended"))?;
                 }
                 (None, Some(keeper)) => {
                     keeper.stop(Duration::ZERO).await;
@@ -270,8 +337,12 @@ impl House {
 
     async fn keep_confirmed_text(&self, text: &str, origin: &Origin) -> Result<u64, String> {
         let (text, author, from) = (text.to_owned(), origin.author.clone(), origin.origin.clone());
-        let kept = self.vault.call(move |store| store.confirm_config(&text, &author, &from)).await;
-        kept.map(|revision| revision.revision).map_err(|error| format!("the configuration could not be kept, so it is not in effect: {error}"))
+        let kept = self
+            .vault
+            .call(move |store| store.confirm_config(&text, &author, &from))
+            .await;
+        kept.map(|revision| revision.revision)
+            .map_err(|error| format!("the configuration could not be kept, so it is not in effect: {error}"))
     }
 
     /// Confirms what runs already.
@@ -300,7 +371,6 @@ impl House {
             let copies: Vec<_> = copies.iter().map(|copy| copy.as_fd()).collect();
             self.notify.store(&notify::name_of(*address), &copies);
         }
-        self.forget_sockets(from, to);
     }
 
     /// Has the manager close what is no longer in `to`.
@@ -318,7 +388,9 @@ fn refused(role: Role, error: &str) -> String {
 /// Leaves a worker alone whose part of the configuration is the same: its spec keeps the text it runs on.
 fn unchanged_specs(mut opened: Opened, before: &Opened, old: &str, new: &str) -> Opened {
     let same = |paths: &[&[&str]]| {
-        let (Ok(old), Ok(new)) = (old.parse::<toml::Table>(), new.parse::<toml::Table>()) else { return false };
+        let (Ok(old), Ok(new)) = (old.parse::<toml::Table>(), new.parse::<toml::Table>()) else {
+            return false;
+        };
         paths.iter().all(|path| part(&old, path) == part(&new, path))
     };
     if same(&[&["lb"], &["log"]]) {
@@ -342,14 +414,23 @@ fn at_restart(new: &Loaded, old: &Loaded) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut warn = |span, key: &str| {
         let message = format!("{key} changes when edged is restarted");
-        warnings.push(config::render(&new.text, &new.origin, span, &message, "restart it when it suits: systemctl restart edged"));
+        warnings.push(config::render(
+            &new.text,
+            &new.origin,
+            span,
+            &message,
+            "restart it when it suits: systemctl restart edged",
+        ));
     };
     if new.config.control.socket.value != old.config.control.socket.value {
         warn(new.config.control.socket.span.clone(), "control.socket");
     }
     let threads = |loaded: &Loaded| loaded.config.lb.threads.as_ref().map(|at| at.value);
     if threads(new) != threads(old) {
-        warn(new.config.lb.threads.as_ref().map_or(0..0, |at| at.span.clone()), "lb.threads");
+        warn(
+            new.config.lb.threads.as_ref().map_or(0..0, |at| at.span.clone()),
+            "lb.threads",
+        );
     }
     warnings
 }

@@ -48,6 +48,10 @@ const SILENT: u32 = 5;
 const START: u32 = 10;
 /// For a worker to take over a configuration; less than `edgectl` waits.
 const RELOAD: Duration = Duration::from_secs(6);
+/// Longest name of a frontend or backend, and most drains, that the store is asked to keep: far above what a
+/// configuration holds, and low enough that a worker gone wrong cannot fill the disk.
+const NAME: usize = 300;
+const DRAINS: usize = 4096;
 /// Questions of the metrics page that may be on their way.
 const PAGES: usize = 8;
 
@@ -71,12 +75,27 @@ pub(super) struct Links {
 }
 
 enum Message {
-    Ask { request: Request, reply: oneshot::Sender<Answer> },
-    Reload { spec: Box<Spec>, reply: oneshot::Sender<Result<(), String>> },
-    Stop { grace: Duration, done: oneshot::Sender<()> },
+    Ask {
+        request: Request,
+        reply: oneshot::Sender<Answer>,
+    },
+    Reload {
+        spec: Box<Spec>,
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    Stop {
+        grace: Duration,
+        done: oneshot::Sender<()>,
+    },
     /// Of the incarnation with this number only: a later one does not know the question.
-    ToWorker { incarnation: u64, message: ToWorker },
-    Drained { drain: Drain, set: bool },
+    ToWorker {
+        incarnation: u64,
+        message: ToWorker,
+    },
+    Drained {
+        drain: Drain,
+        set: bool,
+    },
     PageDone,
 }
 
@@ -124,8 +143,13 @@ impl Keeper {
     /// Starts a worker and keeps it running. `ready` is told once, when it runs for the first time.
     pub(super) fn start(role: Role, spec: Spec, links: Links, ready: oneshot::Sender<()>) -> Self {
         let (outbox, inbox) = mpsc::channel(64);
-        let seen =
-            Arc::new(Mutex::new(Seen { pid: None, state: "starting", since: Instant::now(), restarts: 0, last_end: None }));
+        let seen = Arc::new(Mutex::new(Seen {
+            pid: None,
+            state: "starting",
+            since: Instant::now(),
+            restarts: 0,
+            last_end: None,
+        }));
         let actor = Actor {
             role,
             spec: Box::new(spec),
@@ -154,7 +178,13 @@ impl Keeper {
     pub(super) async fn reload(&self, spec: Spec) -> Result<(), String> {
         let (reply, replied) = oneshot::channel();
         let gone = |_| "its keeper has ended".to_owned();
-        self.inbox.send(Message::Reload { spec: Box::new(spec), reply }).await.map_err(|_| gone(()))?;
+        self.inbox
+            .send(Message::Reload {
+                spec: Box::new(spec),
+                reply,
+            })
+            .await
+            .map_err(|_| gone(()))?;
         replied.await.map_err(|_| gone(()))?
     }
 
@@ -209,11 +239,19 @@ impl Actor {
     fn after(&mut self, ended: &Ended) {
         {
             let mut seen = lock(&self.seen);
-            seen.last_end = (!ended.wanted).then(|| ended.how.clone()).or_else(|| seen.last_end.take());
+            seen.last_end = (!ended.wanted)
+                .then(|| ended.how.clone())
+                .or_else(|| seen.last_end.take());
         }
         self.look("waiting", None);
-        if !ended.ready && !ended.wanted && let Some(candidate) = self.candidate.take() {
-            let message = format!("worker {} did not get ready with it ({}); see its lines in the log", self.role, ended.how);
+        if !ended.ready
+            && !ended.wanted
+            && let Some(candidate) = self.candidate.take()
+        {
+            let message = format!(
+                "worker {} did not get ready with it ({}); see its lines in the log",
+                self.role, ended.how
+            );
             let _ = candidate.reply.send(Err(message));
         }
     }
@@ -282,13 +320,27 @@ impl Actor {
         let why = self.converse(&process, &mut heard, &mut life).await;
         let (status, killed) = process.end().await;
         if let Some((_, reload)) = life.reload {
-            let _ = reload.reply.send(Err(format!("worker {} ended meanwhile ({})", self.role, why.as_deref().unwrap_or(&status))));
+            let _ = reload.reply.send(Err(format!(
+                "worker {} ended meanwhile ({})",
+                self.role,
+                why.as_deref().unwrap_or(&status)
+            )));
         }
-        Ended { how: why.unwrap_or(status), ready: life.ready, wanted: life.wanted, killed }
+        Ended {
+            how: why.unwrap_or(status),
+            ready: life.ready,
+            wanted: life.wanted,
+            killed,
+        }
     }
 
     /// Talks until the process has ended (`None`) or is to be ended, and why.
-    async fn converse(&mut self, process: &Process, heard: &mut mpsc::Receiver<Heard>, life: &mut Life) -> Option<String> {
+    async fn converse(
+        &mut self,
+        process: &Process,
+        heard: &mut mpsc::Receiver<Heard>,
+        life: &mut Life,
+    ) -> Option<String> {
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         beat.tick().await;
@@ -324,14 +376,21 @@ impl Actor {
         {
             // It may have done half of it; a start with the old configuration is a known state.
             tracing::warn!(role = %self.role, listeners = reload.spec.sockets.0.len(), "no answer to a new configuration");
-            return Err(format!("no answer to a new configuration within {} s", RELOAD.as_secs()));
+            return Err(format!(
+                "no answer to a new configuration within {} s",
+                RELOAD.as_secs()
+            ));
         }
         if life.wanted {
             return Ok(());
         }
         life.silent += 1;
         if !life.ready {
-            return if life.silent > START { Err(format!("not ready within {START} s")) } else { Ok(()) };
+            return if life.silent > START {
+                Err(format!("not ready within {START} s"))
+            } else {
+                Ok(())
+            };
         }
         if life.silent > SILENT {
             return Err(format!("no heartbeat for {SILENT} s"));
@@ -353,19 +412,29 @@ impl Actor {
             Message::Reload { spec, reply } if life.ready && self.role == Role::Lb && spec != self.spec => {
                 life.next += 1;
                 let (service, sockets) = spec.service(Some(&self.spec));
-                process.say(ToWorker::Reload { id: life.next, service: Box::new(service) }, sockets);
+                process.say(
+                    ToWorker::Reload {
+                        id: life.next,
+                        service: Box::new(service),
+                    },
+                    sockets,
+                );
                 life.reload_since = Some(Instant::now());
                 life.reload = Some((life.next, Reload { spec, reply }));
             }
             // Back to what it runs on, or is about to.
-            Message::Reload { spec, reply } if spec == self.spec && self.candidate.is_none() => drop(reply.send(Ok(()))),
+            Message::Reload { spec, reply } if spec == self.spec && self.candidate.is_none() => {
+                drop(reply.send(Ok(())))
+            }
             // A worker without sessions, or one that does not run, simply starts with it.
             Message::Reload { spec, reply } => {
                 self.candidate = Some(Reload { spec, reply });
                 life.wanted = true;
                 return Err("started again for another configuration".into());
             }
-            Message::ToWorker { incarnation, message } if incarnation == self.incarnation => process.say(message, Vec::new()),
+            Message::ToWorker { incarnation, message } if incarnation == self.incarnation => {
+                process.say(message, Vec::new())
+            }
             Message::Drained { drain, set } => self.drained(drain, set),
             Message::PageDone => self.pages = self.pages.saturating_sub(1),
             Message::Ask { .. } | Message::ToWorker { .. } | Message::Stop { .. } => {}
@@ -392,7 +461,13 @@ impl Actor {
                 }
                 _ => return Err("answered a configuration it was not given".into()),
             },
-            (FromWorker::Commit { id, drain, set }, Role::Lb) => self.commit(id, drain, set),
+            (FromWorker::Commit { id, drain, set }, Role::Lb) => {
+                if drain.frontend.len() > NAME || drain.backend.len() > NAME || self.links.drains.len() >= DRAINS && set
+                {
+                    return Err("wanted to keep what no operator could have asked for".into());
+                }
+                self.commit(id, drain, set);
+            }
             (FromWorker::Metrics { id }, Role::Web) => self.page(id, process),
             (message, role) => {
                 tracing::warn!(%role, ?message, "a worker said what is not for it to say");
@@ -442,14 +517,30 @@ impl Actor {
     /// Gets the metrics page, the only thing the web worker may ask for.
     fn page(&mut self, id: u64, process: &Process) {
         if self.pages >= PAGES {
-            return process.say(ToWorker::Metrics { id, result: Err("too many questions at a time".into()) }, Vec::new());
+            return process.say(
+                ToWorker::Metrics {
+                    id,
+                    result: Err("too many questions at a time".into()),
+                },
+                Vec::new(),
+            );
         }
         self.pages += 1;
         let (ops, outbox, incarnation) = (self.links.ops.clone(), self.outbox.clone(), self.incarnation);
-        let author = Author { uid: sandbox::id(self.role), user: None, pid: i32::try_from(process.pid()).unwrap_or(0) };
+        let author = Author {
+            uid: sandbox::id(self.role),
+            user: None,
+            pid: i32::try_from(process.pid()).unwrap_or(0),
+        };
         tokio::spawn(async move {
             let (reply, replied) = oneshot::channel();
-            let _ = ops.send(Op { ask: api::Ask::Metrics, author, reply }).await;
+            let _ = ops
+                .send(Op {
+                    ask: api::Ask::Metrics,
+                    author,
+                    reply,
+                })
+                .await;
             let result = match replied.await {
                 Ok(Ok(api::Answer::Metrics { text })) => Ok(text),
                 Ok(Ok(_)) => Err("the supervisor answered something else".into()),
@@ -457,7 +548,12 @@ impl Actor {
                 Err(_) => Err("the supervisor ends".into()),
             };
             let _ = outbox.send(Message::PageDone).await;
-            let _ = outbox.send(Message::ToWorker { incarnation, message: ToWorker::Metrics { id, result } }).await;
+            let _ = outbox
+                .send(Message::ToWorker {
+                    incarnation,
+                    message: ToWorker::Metrics { id, result },
+                })
+                .await;
         });
     }
 }

@@ -1,7 +1,7 @@
 //! Opens what a configuration needs, before any worker hears of it: what cannot be had is refused here, with its line.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
     io::{self, Read},
     net::SocketAddr,
@@ -17,8 +17,10 @@ use std::{
 use lb::{Need, What};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::memory;
 use crate::{
     config::{self, Loaded},
+    notify,
     worker::{
         Role,
         message::{Bytes, Service},
@@ -56,7 +58,9 @@ pub(super) struct SameSockets(pub(super) Sockets);
 
 impl PartialEq for SameSockets {
     fn eq(&self, other: &Self) -> bool {
-        let same = |a: &Vec<Arc<OwnedFd>>, b: &Vec<Arc<OwnedFd>>| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b));
+        let same = |a: &Vec<Arc<OwnedFd>>, b: &Vec<Arc<OwnedFd>>| {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+        };
         self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(|(a, b)| a.0 == b.0 && same(a.1, b.1))
     }
 }
@@ -81,7 +85,11 @@ impl Opened {
     /// Every socket.
     pub(super) fn sockets(&self) -> Sockets {
         let specs = [Some(&self.lb), self.web.as_ref()];
-        specs.into_iter().flatten().flat_map(|spec| spec.sockets.0.clone()).collect()
+        specs
+            .into_iter()
+            .flatten()
+            .flat_map(|spec| spec.sockets.0.clone())
+            .collect()
     }
 }
 
@@ -92,12 +100,18 @@ impl Spec {
         let fresh: Vec<_> = self.sockets.0.iter().filter(|(address, _)| is_new(address)).collect();
         let service = Service {
             text: self.text.to_string(),
-            listeners: fresh.iter().map(|(address, copies)| (**address, u16::try_from(copies.len()).unwrap_or(u16::MAX))).collect(),
+            listeners: fresh
+                .iter()
+                .map(|(address, copies)| (**address, u16::try_from(copies.len()).unwrap_or(u16::MAX)))
+                .collect(),
             files: self.files.clone(),
             resolv_conf: self.resolv_conf.clone(),
             hosts: self.hosts.clone(),
         };
-        (service, fresh.into_iter().flat_map(|(_, copies)| copies.clone()).collect())
+        (
+            service,
+            fresh.into_iter().flat_map(|(_, copies)| copies.clone()).collect(),
+        )
     }
 }
 
@@ -111,18 +125,41 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
     let mut lb = loaded.config.lb.clone();
     lb.threads = None;
     let mut faults = Vec::new();
-    let mut opening = Opening { loaded, held, opened: Sockets::new(), faults: &mut faults };
-    let mut spec = Spec { text: loaded.text.as_str().into(), threads, ..Spec::default() };
+    let mut opening = Opening {
+        loaded,
+        held,
+        opened: Sockets::new(),
+        faults: &mut faults,
+    };
+    let mut spec = Spec {
+        text: loaded.text.as_str().into(),
+        threads,
+        ..Spec::default()
+    };
     for need in lb::needs(&lb, threads) {
         opening.need(&need, &mut spec);
     }
     spec.resolv_conf = Bytes(system_file("/etc/resolv.conf"));
     spec.hosts = Bytes(system_file("/etc/hosts"));
     let web = (!loaded.config.control.metrics.is_empty()).then(|| {
-        let mut spec = Spec { text: loaded.text.as_str().into(), threads: 1, ..Spec::default() };
+        let mut spec = Spec {
+            text: loaded.text.as_str().into(),
+            threads: 1,
+            ..Spec::default()
+        };
         for at in &loaded.config.control.metrics {
-            let what = What::Listener { address: at.value, copies: 1 };
-            opening.need(&Need { what, key: "control.metrics".into(), span: at.span.clone() }, &mut spec);
+            let what = What::Listener {
+                address: at.value,
+                copies: 1,
+            };
+            opening.need(
+                &Need {
+                    what,
+                    key: "control.metrics".into(),
+                    span: at.span.clone(),
+                },
+                &mut spec,
+            );
         }
         spec
     });
@@ -135,7 +172,11 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
         }
         Err(faulty) => faults.push(faulty.to_string()),
     }
-    if faults.is_empty() { Ok(opened) } else { Err(faults.join("\n\n")) }
+    if faults.is_empty() {
+        Ok(opened)
+    } else {
+        Err(faults.join("\n\n"))
+    }
 }
 
 struct Opening<'a> {
@@ -170,7 +211,13 @@ impl Opening<'_> {
     }
 
     fn fault(&mut self, span: Range<usize>, message: &str, help: &str) {
-        self.faults.push(config::render(&self.loaded.text, &self.loaded.origin, span, message, help));
+        self.faults.push(config::render(
+            &self.loaded.text,
+            &self.loaded.origin,
+            span,
+            message,
+            help,
+        ));
     }
 
     fn listener(&self, address: SocketAddr, copies: usize) -> io::Result<Vec<Arc<OwnedFd>>> {
@@ -179,7 +226,11 @@ impl Opening<'_> {
         sockets.truncate(copies);
         // SO_REUSEPORT would let us in beside another process of our user, so first without it; unless the other one
         // is us.
-        let ours = self.held.keys().chain(self.opened.keys()).any(|other| overlap(*other, address));
+        let ours = self
+            .held
+            .keys()
+            .chain(self.opened.keys())
+            .any(|other| overlap(*other, address));
         if sockets.len() < copies && !ours {
             probe(address)?;
         }
@@ -192,7 +243,9 @@ impl Opening<'_> {
 
 /// Whether one of two listeners would keep the other from binding.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    a.port() == b.port() && a.is_ipv4() == b.is_ipv4() && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+    a.port() == b.port()
+        && a.is_ipv4() == b.is_ipv4()
+        && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
 }
 
 /// Finds out whether another process listens on `address`.
@@ -215,20 +268,49 @@ fn cannot_listen(address: SocketAddr, error: &io::Error) -> (String, String) {
             format!("see which one: ss -Htlnp 'sport = :{port}'; then stop it, or write another address or port"),
         ),
         io::ErrorKind::AddrNotAvailable => (
-            format!("{} is no address of this machine, so edged cannot listen there", address.ip()),
+            format!(
+                "{} is no address of this machine, so edged cannot listen there",
+                address.ip()
+            ),
             "see its addresses: ip -brief address; write one of them, or [::] and 0.0.0.0 for all".into(),
         ),
         io::ErrorKind::PermissionDenied => (
             format!("port {port} takes the capability CAP_NET_BIND_SERVICE, which edged does not have"),
             "start it as its unit does: systemctl start edged; or as root; or write a port from 1024 up".into(),
         ),
-        _ => (format!("edged cannot listen on {address}: {error}"), "see the limits of the unit: systemctl show edged -p LimitNOFILE,IPAddressDeny".into()),
+        _ => (
+            format!("edged cannot listen on {address}: {error}"),
+            "see the limits of the unit: systemctl show edged -p LimitNOFILE,IPAddressDeny".into(),
+        ),
     }
+}
+
+/// The configuration file.
+///
+/// # Errors
+///
+/// Cause, effect, next command.
+pub(super) fn read_config(path: &Path) -> Result<String, String> {
+    let text = read_file(path)
+        .and_then(|content| String::from_utf8(content).map_err(|_| io::Error::other("it is not UTF-8 text")));
+    text.map_err(|error| {
+        let path = path.display();
+        if error.kind() == io::ErrorKind::NotFound {
+            return format!(
+                "there is no configuration: {path} does not exist, so there is nothing to serve\n\
+                 write one, check it with: edgectl config check {path}; then: systemctl restart edged"
+            );
+        }
+        format!("the configuration {path} cannot be read: {error}; look at: ls -l {path}")
+    })
 }
 
 /// A regular file of at most [`MOST`] bytes. A pipe that nobody writes to must not stop the daemon.
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
         return Err(io::Error::other("it is no regular file"));
@@ -246,21 +328,58 @@ fn system_file(path: &str) -> Vec<u8> {
     read_file(Path::new(path)).unwrap_or_default()
 }
 
-/// Sorts what a service manager kept: listeners by the address they really have, the state memory by its seals.
-/// Everything else is closed.
-pub(super) fn adopt(descriptors: Vec<(String, OwnedFd)>) -> (Sockets, Option<OwnedFd>, Vec<String>) {
-    let (mut sockets, mut state, mut unknown) = (Sockets::new(), None, Vec::new());
+/// What a service manager kept for this process, by what it really is.
+#[derive(Default)]
+pub(super) struct Adopted {
+    /// Listeners by the address they have.
+    pub(super) sockets: Sockets,
+    /// The state memory, known by its seals.
+    pub(super) state: Option<OwnedFd>,
+    /// How many came under each name.
+    names: BTreeMap<String, usize>,
+    /// Names under which something came that does not belong there.
+    wrong: BTreeSet<String>,
+}
+
+/// Sorts what a service manager kept. What is of no use is closed.
+pub(super) fn adopt(descriptors: Vec<(String, OwnedFd)>) -> Adopted {
+    let mut adopted = Adopted::default();
     for (name, descriptor) in descriptors {
-        if let Some(address) = listening_on(&descriptor) {
-            sockets.entry(address).or_default().push(Arc::new(descriptor));
-        } else if state.is_none() && super::memory::is_ours(&descriptor) {
-            state = Some(descriptor);
+        let belongs = if let Some(address) = listening_on(&descriptor) {
+            adopted.sockets.entry(address).or_default().push(Arc::new(descriptor));
+            Some(notify::name_of(address))
+        } else if adopted.state.is_none() && memory::is_ours(&descriptor) {
+            adopted.state = Some(descriptor);
+            Some(notify::STATE.to_owned())
         } else {
-            tracing::warn!(name, "a descriptor the service manager passed is of no use here and closed");
-            unknown.push(name);
+            tracing::warn!(
+                name,
+                "a descriptor the service manager passed is of no use here and closed"
+            );
+            None
+        };
+        if belongs.as_ref() != Some(&name) {
+            adopted.wrong.insert(name.clone());
         }
+        *adopted.names.entry(name).or_default() += 1;
     }
-    (sockets, state, unknown)
+    adopted
+}
+
+impl Adopted {
+    /// Names whose content in the store is not what `sockets` has: to be removed there, and stored again. Only those:
+    /// a supervisor that dies in between loses what it has just removed.
+    pub(super) fn stale(&self, sockets: &Sockets) -> Vec<String> {
+        let kept = |name: &str| match sockets.iter().find(|(address, _)| notify::name_of(**address) == name) {
+            Some((_, copies)) => copies.len(),
+            None => usize::from(name == notify::STATE),
+        };
+        let stale = self
+            .names
+            .iter()
+            .filter(|(name, count)| self.wrong.contains(*name) || kept(name) < **count);
+        stale.map(|(name, _)| name.clone()).collect()
+    }
 }
 
 /// Where `descriptor` listens, if it is a TCP listener that can be shared with further ones.
@@ -286,7 +405,10 @@ mod tests {
     }
 
     fn free() -> SocketAddr {
-        TcpListener::bind("127.0.0.1:0").expect("bound").local_addr().expect("an address")
+        TcpListener::bind("127.0.0.1:0")
+            .expect("bound")
+            .local_addr()
+            .expect("an address")
     }
 
     fn text(listen: SocketAddr) -> String {
@@ -308,9 +430,14 @@ mod tests {
     fn an_address_in_use_is_refused_with_its_line() {
         let other = TcpListener::bind("127.0.0.1:0").expect("bound");
         let address = other.local_addr().expect("an address");
-        let message = open(&loaded(&text(address)), 1, &Sockets::new()).err().expect("refused");
+        let message = open(&loaded(&text(address)), 1, &Sockets::new())
+            .err()
+            .expect("refused");
         assert!(message.starts_with("/etc/edged/edged.toml:6:11: "), "{message}");
-        assert!(message.contains("in use by another process") && message.contains("^^^^"), "{message}");
+        assert!(
+            message.contains("in use by another process") && message.contains("^^^^"),
+            "{message}"
+        );
         assert!(message.contains(&format!("sport = :{}", address.port())), "{message}");
     }
 
@@ -323,8 +450,17 @@ mod tests {
 
     #[test]
     fn an_address_of_another_machine_is_refused_with_its_line() {
-        let message = open(&loaded(&text("192.0.2.7:6443".parse().expect("an address"))), 1, &Sockets::new()).err().expect("refused");
-        assert!(message.contains("edged.toml:6:11: 192.0.2.7 is no address of this machine"), "{message}");
+        let message = open(
+            &loaded(&text("192.0.2.7:6443".parse().expect("an address"))),
+            1,
+            &Sockets::new(),
+        )
+        .err()
+        .expect("refused");
+        assert!(
+            message.contains("edged.toml:6:11: 192.0.2.7 is no address of this machine"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -333,14 +469,24 @@ mod tests {
             + "[lb.frontend.health]\nactive = { kind = \"https\", ca_file = \"/nonexistent/ca.crt\" }\n";
         let message = open(&loaded(&text), 1, &Sockets::new()).err().expect("refused");
         assert!(message.contains("no address of this machine"), "{message}");
-        assert!(message.contains("edged.toml:9:40: /nonexistent/ca.crt cannot be read"), "{message}");
+        assert!(
+            message.contains("edged.toml:9:38: /nonexistent/ca.crt cannot be read"),
+            "{message}"
+        );
     }
 
     #[test]
     fn a_pipe_is_no_file() {
         let path = std::env::temp_dir().join(format!("edged-fifo-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).expect("a pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .expect("a pipe");
         assert!(read_file(&path).expect_err("refused").to_string().contains("regular"));
         let _ = std::fs::remove_file(&path);
     }
@@ -350,16 +496,41 @@ mod tests {
         let address = free();
         let listener = lb::io::socket::listener(address).expect("bound");
         let unshared = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let memory = super::super::memory::create().expect("memory");
+        let memory = memory::create().expect("memory");
         let null = std::fs::File::open("/dev/null").expect("/dev/null");
-        let (sockets, state, unknown) = adopt(vec![
+        let adopted = adopt(vec![
             ("lb-state".into(), null.into()),
             ("wrong name".into(), listener),
             ("unshared".into(), unshared.into()),
             ("x".into(), memory),
         ]);
-        assert_eq!(sockets.into_keys().collect::<Vec<_>>(), [address]);
-        assert!(state.is_some());
-        assert_eq!(unknown, ["lb-state", "unshared"]);
+        assert_eq!(adopted.sockets.keys().copied().collect::<Vec<_>>(), [address]);
+        assert!(adopted.state.is_some());
+        assert_eq!(
+            adopted.stale(&adopted.sockets),
+            ["lb-state", "unshared", "wrong name", "x"]
+        );
+    }
+
+    #[test]
+    fn what_is_kept_as_it_should_be_is_not_touched_in_the_store() {
+        let (address, other) = (free(), free());
+        let name = notify::name_of(address);
+        let passed = |copies: usize| {
+            let mut passed: Vec<_> = (0..copies)
+                .map(|_| (name.clone(), lb::io::socket::listener(address).expect("bound")))
+                .collect();
+            passed.push((notify::STATE.into(), memory::create().expect("memory")));
+            passed.push((notify::name_of(other), lb::io::socket::listener(other).expect("bound")));
+            adopt(passed)
+        };
+        let adopted = passed(2);
+        assert_eq!(adopted.stale(&adopted.sockets), Vec::<String>::new());
+        let opened = open(&loaded(&text(address)), 2, &adopted.sockets).ok().expect("opened");
+        assert_eq!(adopted.stale(&opened.sockets()), [notify::name_of(other)]);
+        let fewer = open(&loaded(&text(address)), 1, &adopted.sockets).ok().expect("opened");
+        let mut stale = vec![name, notify::name_of(other)];
+        stale.sort();
+        assert_eq!(adopted.stale(&fewer.sockets()), stale);
     }
 }

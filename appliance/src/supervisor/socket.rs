@@ -22,26 +22,45 @@ use tokio::net::UnixListener;
 pub(super) fn bind(path: &Path) -> Result<UnixListener, (String, String)> {
     let shown = path.display();
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-        DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(|error| {
+        make(directory).map_err(|error| {
             let help = "make it, or let the unit do so: RuntimeDirectory=edged; RuntimeDirectoryMode=0755";
-            (format!("the directory of the control socket {shown} cannot be made: {error}"), help.to_owned())
+            (
+                format!("the directory of the control socket {shown} cannot be made: {error}"),
+                help.to_owned(),
+            )
         })?;
     }
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
-            return Err((format!("{shown} exists and is no socket"), format!("move it away, or write another path: ls -l {shown}")));
+            return Err((
+                format!("{shown} exists and is no socket"),
+                format!("move it away, or write another path: ls -l {shown}"),
+            ));
         }
         // Nobody answers on what an earlier run left.
         Ok(_) if UnixStream::connect(path).is_ok() => {
-            let help = format!("see which one: ss -xlp src {shown}; give each edged its own [control] socket and --state");
+            let help =
+                format!("see which one: ss -xlp src {shown}; give each edged its own [control] socket and --state");
             return Err((format!("another process serves the control socket {shown}"), help));
         }
         _ => {}
     }
     place(path).map_err(|error| {
-        let help = format!("edged must be able to write there; look at: ls -ld {}", path.parent().unwrap_or(path).display());
+        let help = format!(
+            "edged must be able to write there; look at: ls -ld {}",
+            path.parent().unwrap_or(path).display()
+        );
         (format!("the control socket {shown} cannot be made: {error}"), help)
     })
+}
+
+/// A directory that everyone may enter, whatever the umask; one that is there stays as it is.
+fn make(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+    std::fs::set_permissions(directory, Permissions::from_mode(0o755))
 }
 
 /// Under another name first, so that at every moment the path is a socket that can be used by all.
@@ -73,7 +92,10 @@ mod tests {
         let directory = std::env::temp_dir().join(format!("edged-socket-{}", std::process::id()));
         let path = directory.join("made/edged.sock");
         let first = bind(&path).expect("bound");
-        assert_eq!(std::fs::metadata(&path).expect("made").permissions().mode() & 0o777, 0o666);
+        assert_eq!(
+            std::fs::metadata(&path).expect("made").permissions().mode() & 0o777,
+            0o666
+        );
         let (message, _) = bind(&path).expect_err("a live one");
         assert!(message.contains("another process serves"), "{message}");
         drop(first);

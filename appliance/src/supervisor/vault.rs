@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::mpsc::{SyncSender, TrySendError, sync_channel},
 };
@@ -33,13 +34,19 @@ impl Vault {
         let store = RedbStore::open(dir).map_err(|error| log::chain(&error));
         let jobs = store.and_then(|store| {
             let (jobs, work) = sync_channel::<Job>(QUEUE);
-            let work = move || work.into_iter().for_each(|job| job(&store));
+            // A request that panics is refused, by dropping its way back; the next one is served.
+            let one = move |job: Job| drop(catch_unwind(AssertUnwindSafe(|| job(&store))));
+            let work = move || work.into_iter().for_each(one);
             let thread = std::thread::Builder::new().name(THREAD.into()).spawn(work);
-            thread.map(|_| jobs).map_err(|error| format!("the store's thread could not be started: {error}"))
+            thread
+                .map(|_| jobs)
+                .map_err(|error| format!("the store's thread could not be started: {error}"))
         });
         if let Err(reason) = &jobs {
             log::error_lines(reason);
-            tracing::error!("serving goes on from the configuration file; drains and confirmed configurations are not known, and no change is kept");
+            tracing::error!(
+                "serving goes on from the configuration file; drains and confirmed configurations are not known, and no change is kept"
+            );
         }
         Self { jobs }
     }
@@ -57,12 +64,21 @@ impl Vault {
     {
         let (reply, replied) = oneshot::channel();
         let job: Job = Box::new(move |store| drop(reply.send(work(store))));
-        let jobs = self.jobs.as_ref().map_err(|reason| format!("the store is not available: {reason}"))?;
+        let jobs = self
+            .jobs
+            .as_ref()
+            .map_err(|reason| format!("the store is not available: {reason}"))?;
         jobs.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => format!("{QUEUE} changes wait for the disk already; look for its trouble: dmesg | tail"),
-            TrySendError::Disconnected(_) => "the store's thread has ended; restart edged: systemctl restart edged".to_owned(),
+            TrySendError::Full(_) => {
+                format!("{QUEUE} changes wait for the disk already; look for its trouble: dmesg | tail")
+            }
+            TrySendError::Disconnected(_) => {
+                "the store's thread has ended; restart edged: systemctl restart edged".to_owned()
+            }
         })?;
-        let result = replied.await.map_err(|_| "the store failed while it was asked; see the log: journalctl -u edged".to_owned())?;
+        let result = replied
+            .await
+            .map_err(|_| "the store failed while it was asked; see the log: journalctl -u edged".to_owned())?;
         result.map_err(|error| log::chain(&error))
     }
 
@@ -74,7 +90,10 @@ impl Vault {
         match self.call(|store| store.drains()).await {
             Ok(drains) => drains.into_iter().collect(),
             Err(error) => {
-                tracing::error!(error, "the drains cannot be read: backends that were drained get sessions again");
+                tracing::error!(
+                    error,
+                    "the drains cannot be read: backends that were drained get sessions again"
+                );
                 BTreeSet::new()
             }
         }

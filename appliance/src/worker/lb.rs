@@ -6,10 +6,7 @@ use anyhow::{Context, bail};
 use lb::io::{Command, Commit, Links, Opened};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{
-    FromWorker, Listeners, Service, Start, ToWorker, deal, load,
-    message::Bytes,
-};
+use super::{FromWorker, Listeners, Service, Start, ToWorker, deal, load, message::Bytes};
 use crate::{channel::Channel, log};
 
 /// Runs the balancer until the supervisor says stop.
@@ -24,7 +21,10 @@ pub(super) async fn run(
     let opened = opened(start.service, listeners);
     let (commands, to_balancer) = mpsc::channel(64);
     let (commits, from_balancer) = mpsc::channel(64);
-    let links = Links { commands: to_balancer, commits };
+    let links = Links {
+        commands: to_balancer,
+        commits,
+    };
     let serving = lb::io::run(config, opened, start.drains, state.pop(), start.threads, links);
     let mut serving = std::pin::pin!(serving);
     let conversation = converse(channel, said, commands, from_balancer);
@@ -132,7 +132,11 @@ fn reload(service: Service, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Box<lb
 fn opened(service: Service, listeners: Listeners) -> Opened {
     Opened {
         listeners,
-        files: service.files.into_iter().map(|(path, Bytes(content))| (path, content)).collect(),
+        files: service
+            .files
+            .into_iter()
+            .map(|(path, Bytes(content))| (path, content))
+            .collect(),
         resolv_conf: service.resolv_conf.0,
         hosts: service.hosts.0,
     }

@@ -132,7 +132,11 @@ pub struct Bytes(pub Vec<u8>);
 impl Serialize for Bytes {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0');
-        let text: String = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect();
+        let text: String = self
+            .0
+            .iter()
+            .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
+            .collect();
         serializer.serialize_str(&text)
     }
 }
@@ -140,11 +144,18 @@ impl Serialize for Bytes {
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let nibble = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+        let nibble = |digit: u8| {
+            char::from(digit)
+                .to_digit(16)
+                .and_then(|value| u8::try_from(value).ok())
+        };
         let (pairs, []) = text.as_bytes().as_chunks::<2>() else {
             return Err(D::Error::custom("an odd number of hexadecimal digits"));
         };
-        let bytes = pairs.iter().map(|[high, low]| Some(nibble(*high)? << 4 | nibble(*low)?)).collect::<Option<_>>();
+        let bytes = pairs
+            .iter()
+            .map(|[high, low]| Some(nibble(*high)? << 4 | nibble(*low)?))
+            .collect::<Option<_>>();
         bytes.map(Self).ok_or_else(|| D::Error::custom("no hexadecimal digits"))
     }
 }
@@ -166,7 +177,13 @@ mod tests {
 
     #[test]
     fn a_message_of_junk_is_an_error() {
-        for junk in ["{}", "\"ready \"", "{\"pong\":{}}", "{\"pong\":{\"id\":-1}}", "{\"commit\":{\"id\":1,\"drain\":{},\"set\":1}}"] {
+        for junk in [
+            "{}",
+            "\"ready \"",
+            "{\"pong\":{}}",
+            "{\"pong\":{\"id\":-1}}",
+            "{\"commit\":{\"id\":1,\"drain\":{},\"set\":1}}",
+        ] {
             assert!(serde_json::from_str::<FromWorker>(junk).is_err(), "{junk}");
         }
         assert!(serde_json::from_str::<FromWorker>("\"ready\"").is_ok());

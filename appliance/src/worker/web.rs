@@ -37,7 +37,12 @@ pub(super) async fn run(
     let waiting = Waiting::default();
     let shutdown = CancellationToken::new();
     let ask = asker(said.clone(), Arc::clone(&waiting));
-    let serving = tokio::spawn(crate::web::run(listeners, start.token.map(|token| token.0), ask, shutdown.clone()));
+    let serving = tokio::spawn(crate::web::run(
+        listeners,
+        start.token.map(|token| token.0),
+        ask,
+        shutdown.clone(),
+    ));
     said.send(FromWorker::Ready).await.context("nobody listens")?;
     while let Some((message, _)) = channel.receive::<ToWorker>().await? {
         match message {
@@ -64,7 +69,9 @@ fn asker(said: mpsc::Sender<FromWorker>, waiting: Waiting) -> impl crate::web::A
         async move {
             let (reply, replied) = oneshot::channel();
             waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, reply);
-            said.send(FromWorker::Metrics { id }).await.map_err(|_| "the supervisor has ended".to_owned())?;
+            said.send(FromWorker::Metrics { id })
+                .await
+                .map_err(|_| "the supervisor has ended".to_owned())?;
             replied.await.map_err(|_| "the supervisor gave no answer".to_owned())?
         }
     }

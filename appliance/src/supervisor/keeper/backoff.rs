@@ -46,7 +46,9 @@ mod tests {
     #[test]
     fn the_wait_grows_only_after_five_quick_ends_in_a_row() {
         let mut backoff = Backoff::default();
-        let waits: Vec<_> = (0..13).map(|_| backoff.after(Duration::from_millis(20), false).as_millis()).collect();
+        let waits: Vec<_> = (0..13)
+            .map(|_| backoff.after(Duration::from_millis(20), false).as_millis())
+            .collect();
         assert_eq!(waits, [0, 0, 0, 0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         assert_eq!(backoff.after(Duration::from_secs(2), false), Duration::ZERO);
         assert_eq!(backoff.after(Duration::from_millis(20), false), Duration::ZERO);

@@ -52,7 +52,10 @@ impl Process {
     pub(super) fn start(role: Role) -> io::Result<(Self, mpsc::Receiver<Heard>)> {
         let (ours, theirs) = channel::pair()?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(format!("edged: {role}")).arg(worker::ARGUMENT).arg(role.name());
+        command
+            .arg0(format!("edged: {role}"))
+            .arg(worker::ARGUMENT)
+            .arg(role.name());
         command.env_clear().stdin(Stdio::from(theirs)).stdout(Stdio::null());
         // Which tells the worker how to write its log.
         if let Some(journal) = std::env::var_os("JOURNAL_STREAM") {
@@ -70,8 +73,19 @@ impl Process {
         let channel = Arc::new(channel);
         let (to_worker, said) = mpsc::channel(QUEUE);
         let (heard, from_worker) = mpsc::channel(QUEUE);
-        let tasks = [tokio::spawn(write(Arc::clone(&channel), said)), tokio::spawn(read(channel, heard))];
-        Ok((Self { child, pidfd, to_worker, tasks }, from_worker))
+        let tasks = [
+            tokio::spawn(write(Arc::clone(&channel), said)),
+            tokio::spawn(read(channel, heard)),
+        ];
+        Ok((
+            Self {
+                child,
+                pidfd,
+                to_worker,
+                tasks,
+            },
+            from_worker,
+        ))
     }
 
     /// Its process id.
@@ -111,7 +125,10 @@ impl Process {
 }
 
 fn watch(child: &Child, ours: OwnedFd) -> io::Result<(AsyncFd<OwnedFd>, Channel)> {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidData)?;
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(io::ErrorKind::InvalidData)?;
     let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
     // A worker passes no descriptors.
     Ok((channel::pollable(pidfd, Interest::READABLE)?, Channel::new(ours, 0)?))
@@ -139,7 +156,10 @@ async fn write(channel: Arc<Channel>, mut said: mpsc::Receiver<Said>) {
 
 async fn read(channel: Arc<Channel>, heard: mpsc::Sender<Heard>) {
     loop {
-        let received = channel.receive().await.map(|received| received.map(|(message, _)| message));
+        let received = channel
+            .receive()
+            .await
+            .map(|received| received.map(|(message, _)| message));
         let last = !matches!(received, Ok(Some(_)));
         if heard.send(received).await.is_err() || last {
             return;
