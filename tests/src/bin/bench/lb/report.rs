@@ -190,7 +190,7 @@ impl Bar {
     }
 }
 
-/// The bars' peers; a library baseline is none.
+/// The peers whose CPU time per connection is compared; a library baseline is none.
 const COMPETITORS: [Peer; 3] = [Peer::HaproxyCopy, Peer::HaproxySplice, Peer::Nginx];
 /// Of our CPU time per connection, against the better peer's.
 const CPU_PER_CONNECTION: f64 = 0.91;
@@ -295,11 +295,14 @@ impl Report {
             limit: CPU_PER_CONNECTION,
             measured: better.and_then(|peer| self.ratio(Peer::Edged, peer, Figure::CpuPerConnection)),
         }];
-        bars.extend(Way::ALL.into_iter().map(|way| Bar {
-            what: format!("CPU per GiB {}, against haproxy-splice", way.name()),
-            limit: CPU_PER_GIB,
-            measured: self.ratio(Peer::Edged, Peer::HaproxySplice, Figure::CpuPerGib(way)),
-        }));
+        let pipes = self.peers().into_iter().filter(|peer| *peer == Peer::HaproxyPipes);
+        for peer in [Peer::HaproxySplice].into_iter().chain(pipes) {
+            bars.extend(Way::ALL.into_iter().map(|way| Bar {
+                what: format!("CPU per GiB {}, against {}", way.name(), peer.name()),
+                limit: CPU_PER_GIB,
+                measured: self.ratio(Peer::Edged, peer, Figure::CpuPerGib(way)),
+            }));
+        }
         bars.push(Bar {
             what: "MiB per 10,000 idle sessions".into(),
             limit: IDLE_MEMORY,
