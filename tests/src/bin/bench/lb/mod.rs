@@ -354,6 +354,7 @@ impl Bench<'_> {
         let mib = (after as f64 - before as f64) / 1024.0 * 10_000.0 / sessions as f64;
         eprintln!("  {:<15} {mib:>6.1} MiB per 10,000 idle sessions", peer.name());
         self.report.add(peer, Figure::IdleMemory, round, mib);
+        self.report.add(peer, Figure::RestMemory, round, before as f64 / 1024.0);
         Ok(())
     }
 
