@@ -1,15 +1,49 @@
-//! Every configuration in the documents loads, with the code that the daemon runs, and without a warning.
+//! What the documents say of the configuration is so: every example loads, without a warning and with the code that the
+//! daemon runs, and no key is left out.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Write,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
-use tests::{edge::program, tls::Ca};
+use serde_json::Value;
+use tests::{
+    edge::{program, say},
+    tls::Ca,
+};
+
+#[test]
+fn every_key_is_documented() -> Result<()> {
+    let schema = say(
+        Command::new(program("edgectl")?).args(["config", "schema"]),
+        Duration::from_secs(5),
+    )?;
+    let schema: Value = serde_json::from_str(&schema.out)?;
+    let document = fs::read_to_string(top().join("docs/configuration.md"))?;
+    let mut keys = BTreeSet::new();
+    collect(&schema, &mut keys);
+    ensure!(
+        keys.contains("connect_timeout"),
+        "the schema has other keys than expected: {keys:?}"
+    );
+    let missing: Vec<_> = keys
+        .iter()
+        .filter(|key| !document.contains(&format!("| `{key}` |")))
+        .collect();
+    let sections = ["control", "log", "lb", "frontend", "health", "active"];
+    let missing: Vec<_> = missing
+        .into_iter()
+        .filter(|key| !sections.contains(&key.as_str()))
+        .collect();
+    assert!(missing.is_empty(), "docs/configuration.md says nothing of {missing:?}");
+    Ok(())
+}
 
 #[test]
 fn every_example_configuration_loads() -> Result<()> {
@@ -29,9 +63,27 @@ fn every_example_configuration_loads() -> Result<()> {
     Ok(())
 }
 
+fn top() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The names of all properties in a JSON Schema.
+fn collect(schema: &Value, keys: &mut BTreeSet<String>) {
+    match schema {
+        Value::Object(map) => {
+            if let Some(Value::Object(properties)) = map.get("properties") {
+                keys.extend(properties.keys().cloned());
+            }
+            map.values().for_each(|inner| collect(inner, keys));
+        }
+        Value::Array(list) => list.iter().for_each(|inner| collect(inner, keys)),
+        _ => {}
+    }
+}
+
 /// The shipped example and every Markdown file that speaks of configuration.
 fn documents() -> Result<Vec<PathBuf>> {
-    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let top = top();
     let mut documents = vec![top.join("packaging/edged.toml"), top.join("README.md")];
     for folder in ["appliance", "lb", "docs", "docs/decisions"] {
         for entry in fs::read_dir(top.join(folder))? {
