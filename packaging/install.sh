@@ -44,6 +44,7 @@ fi
 # Files, relative to the root.
 unit=usr/lib/systemd/system/edged.service
 sysusers=usr/lib/sysusers.d/edged.conf
+sysctl=usr/lib/sysctl.d/60-edged.conf
 config=etc/edged/edged.toml
 bash=usr/share/bash-completion/completions/edgectl
 zsh=usr/share/zsh/vendor-completions/_edgectl
@@ -73,6 +74,7 @@ install_all() {
   put 0755 "$from/edgectl" usr/bin/edgectl
   put 0644 "$here/edged.service" "$unit"
   put 0644 "$here/sysusers.d/edged.conf" "$sysusers"
+  put 0644 "$here/sysctl.d/60-edged.conf" "$sysctl"
   for shell in bash zsh fish; do "$from/edgectl" completions "$shell" >"$made/$shell"; done
   put 0644 "$made/bash" "$bash"
   put 0644 "$made/zsh" "$zsh"
@@ -83,6 +85,7 @@ install_all() {
   if [ ! -e "$root/$config" ]; then put 0644 "$here/edged.toml" "$config"; fi
   if [ -z "$root" ]; then systemd-sysusers "/$sysusers"; fi
   if ! systemd_runs; then return; fi
+  /lib/systemd/systemd-sysctl "/$sysctl"
   systemctl daemon-reload
   if systemctl --quiet is-active edged; then
     echo "Installed; the running edged is still the old one. Next: systemctl restart edged (nobody is refused, sessions are cut)"
@@ -95,7 +98,7 @@ uninstall_all() {
   made=$(mktemp -d)
   trap 'rm -rf "$made"' EXIT
   if systemd_runs && [ -e "/$unit" ]; then systemctl --quiet disable --now edged; fi
-  rm -f "$root/usr/bin/edged" "$root/usr/bin/edgectl" "$root/$unit" "$root/$bash" "$root/$zsh" "$root/$fish"
+  rm -f "$root/usr/bin/edged" "$root/usr/bin/edgectl" "$root/$unit" "$root/$sysctl" "$root/$bash" "$root/$zsh" "$root/$fish"
   rm -f "$root/$man/edgectl.1" "$root/$man"/edgectl-*.1
   if [ -n "$purge" ]; then
     rm -rf "$root/etc/edged" "$root/var/lib/edged"

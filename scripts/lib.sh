@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Debian packages, by what calls them.
 packages=(
-  ca-certificates gcc git libc6-dev                         # the build: rustc's linker, aws-lc-rs's C and assembly
+  ca-certificates gcc libc6-dev                             # the build: rustc's linker, aws-lc-rs's C and assembly
   iproute2 nftables procps strace tcpdump util-linux        # the lab: namespaces, faults, captures, counted system calls
   mmdebstrap openssh-client systemd-container               # nodes: Debian under systemd-nspawn, reached over SSH
   etcd-client etcd-server                                   # the demo's Kubernetes-like world
@@ -16,7 +16,7 @@ packages=(
 
 # The commands of those packages that the scripts and the tests call.
 tools=(
-  cc git ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx shellcheck
+  cc ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx shellcheck
   systemd-analyze
 )
 

@@ -5,3 +5,8 @@
 pub mod prefix;
 
 pub use prefix::{Pref64, PrefixError};
+
+/// Runs the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

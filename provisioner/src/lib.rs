@@ -3,3 +3,8 @@
 //! [`quorum`] holds what every plan must keep: that etcd can still decide.
 
 pub mod quorum;
+
+/// Runs the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

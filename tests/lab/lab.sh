@@ -10,12 +10,14 @@
 #   lab.sh root NAME         print the folder that is its / on this machine
 #
 # Environment: LAB_DIR (default /var/tmp/edge-lab; kept between runs), LAB_SUITE (trixie), LAB_PACKAGES (see below),
-# LAB_TIMEOUT (60 seconds for a node to come up). README.md says how it works.
+# LAB_BIND (HOST:NODE folders or files that nodes see, read-only; none), LAB_TIMEOUT (60 seconds for a node to come up).
+# README.md says how it works.
 set -euo pipefail
 
 LAB_DIR=${LAB_DIR:-/var/tmp/edge-lab}
 LAB_SUITE=${LAB_SUITE:-trixie}
 LAB_PACKAGES=${LAB_PACKAGES:-systemd systemd-sysv dbus udev kmod openssh-server iproute2 iputils-ping procps nftables ca-certificates}
+read -ra binds <<<"${LAB_BIND:-}"
 LAB_TIMEOUT=${LAB_TIMEOUT:-60}
 
 # One root filesystem per suite and list of packages.
@@ -98,7 +100,7 @@ start() {
     exec env SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 SYSTEMD_NSPAWN_API_VFS_WRITABLE=1 setsid \
       systemd-nspawn --quiet --register=no --keep-unit --machine="$name" -D "$dir/root" \
       --network-namespace-path="/run/netns/$netns" --resolv-conf=off --timezone=off --console=read-only \
-      --capability=all --boot \
+      --capability=all "${binds[@]/#/--bind-ro=}" --boot \
       --system-call-filter='add_key keyctl bpf landlock_create_ruleset landlock_add_rule landlock_restrict_self'
   ) >"$dir/console.log" 2>&1 </dev/null 9>&- &
   echo $! >"$dir/pid"

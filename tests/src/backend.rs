@@ -141,6 +141,16 @@ impl Backend {
         self.shared.sessions().live.len()
     }
 
+    /// Closes the listener, as a server does that is about to end: new connections are refused, sessions go on.
+    pub fn stop_listening(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        // Wakes the accepting thread and takes the socket out of the listening state at once.
+        let _ = SockRef::from(&self.listener).shutdown(std::net::Shutdown::Both);
+        if let Some(accepting) = self.accepting.take() {
+            let _ = accepting.join();
+        }
+    }
+
     /// Resets every connection; new ones are accepted.
     pub fn reset(&self) {
         for stream in self.shared.sessions().live.values() {
@@ -152,12 +162,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        // Wakes the accepting thread; the socket itself is closed with its last descriptor.
-        let _ = SockRef::from(&self.listener).shutdown(std::net::Shutdown::Both);
-        if let Some(accepting) = self.accepting.take() {
-            let _ = accepting.join();
-        }
+        self.stop_listening();
         self.reset();
         let _ = wait_for("the serving threads end", Duration::from_secs(2), || (self.live() == 0).then_some(()));
     }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Read,
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Mutex,
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::{Node, Process, process, wait_for, wait_until};
+use crate::{Node, Process, http, process, wait_for, wait_until};
 
 /// A running `edged` with its configuration file, its state and its control socket.
 #[derive(Debug)]
@@ -280,6 +281,22 @@ impl Edge {
         let why = self.json(&["lb", "why", &address.to_string()])?;
         let backends = find(&why, "backends").and_then(Value::as_array).context("no backends")?;
         Ok(backends.iter().filter_map(|backend| backend["events"].as_array()).flatten().cloned().collect())
+    }
+
+    /// The metrics page, as a scraper on the same machine reads it.
+    ///
+    /// # Errors
+    ///
+    /// If it is not served.
+    pub fn metrics(&self) -> Result<String> {
+        let target = SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 9464));
+        let patience = Duration::from_secs(2);
+        let stream = self.node.enter(|| TcpStream::connect_timeout(&target, patience))?;
+        stream.set_read_timeout(Some(patience))?;
+        let mut response = http::request(stream, "GET", "/metrics", "[::1]:9464", "")?;
+        let text = response.text()?;
+        ensure!(response.status == 200, "the metrics page was answered {}: {text}", response.status);
+        Ok(text)
     }
 
     /// The node it runs on.

@@ -40,7 +40,8 @@ pub struct SystemdNode {
 }
 
 impl SystemdNode {
-    /// Boots a Debian `suite` in `node`'s namespace and waits until its boot is over. The first call for a suite builds
+    /// Boots a Debian `suite` in `node`'s namespace and waits until its boot is over. It sees this checkout as /opt/edge
+    /// and the programs of this build in /opt/bin. The first call for a suite builds
     /// its root filesystem, which takes a minute or two and is kept.
     ///
     /// # Errors
@@ -48,9 +49,14 @@ impl SystemdNode {
     /// What `lab.sh` says.
     pub fn boot(node: &Node, suite: &str) -> Result<Self> {
         let name = node.netns().name();
+        let repository = repository().canonicalize()?;
+        let programs = program("edged")?;
+        let programs = programs.parent().context("edged lies in a folder")?;
+        let binds = format!("{}:/opt/edge {}:/opt/bin", repository.display(), programs.display());
         // Made first, so that whatever is there of a node that did not come up is removed.
         let booted = Self { node: node.clone() };
-        run(lab("boot").args([name, name]).env("LAB_SUITE", suite)).context("booting Debian")?;
+        let mut boot = lab("boot");
+        run(boot.args([name, name]).env("LAB_SUITE", suite).env("LAB_BIND", binds)).context("booting Debian")?;
         Ok(booted)
     }
 
@@ -74,23 +80,13 @@ impl SystemdNode {
         Ok(said.out.trim_end().to_owned())
     }
 
-    /// Puts this build and the packaging folder into it, and runs `packaging/install.sh`.
+    /// Runs `packaging/install.sh` of this checkout in it, with the programs of this build.
     ///
     /// # Errors
     ///
     /// If that fails.
     pub fn install(&self) -> Result<String> {
-        let from = self.root().join("opt/edge");
-        fs::create_dir_all(&from)?;
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        run(Command::new("cp")
-            .arg("-a")
-            .arg(repository.join("packaging"))
-            .arg(&from))?;
-        for name in ["edged", "edgectl"] {
-            fs::copy(program(name)?, from.join(name))?;
-        }
-        self.sh("/opt/edge/packaging/install.sh --from /opt/edge")
+        self.sh("/opt/edge/packaging/install.sh --from /opt/bin")
     }
 
     /// Replaces the configuration file.
@@ -157,7 +153,11 @@ impl Drop for SystemdNode {
 }
 
 fn lab(command: &str) -> Command {
-    let mut lab = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/lab.sh"));
+    let mut lab = Command::new(repository().join("tests/lab/lab.sh"));
     lab.arg(command);
     lab
+}
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }

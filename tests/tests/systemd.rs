@@ -29,7 +29,7 @@ fn the_unit_starts_reloads_stops_and_is_removed_without_a_trace() -> Result<()> 
         let world = World::boot(suite)?;
         let (debian, edge) = (&world.debian, &world.edge);
         debian
-            .sh("/opt/edge/packaging/install.sh --from /opt/edge")
+            .sh("/opt/edge/packaging/install.sh --from /opt/bin")
             .context("installing again")?;
         debian.sh("systemctl enable --now edged")?;
         let pids = world.pids()?;
@@ -66,9 +66,35 @@ fn the_unit_starts_reloads_stops_and_is_removed_without_a_trace() -> Result<()> 
         debian.sh("/opt/edge/packaging/install.sh uninstall")?;
         debian.sh("test -f /etc/edged/edged.toml && test -d /var/lib/edged && ! test -e /usr/bin/edged")?;
         debian.sh("/opt/edge/packaging/install.sh uninstall --purge")?;
-        let left = debian.sh("find / -xdev -path /opt/edge -prune -o -name '*edge[dc]*' -print; getent passwd edged; getent group edge edge-admin || true")?;
+        let left =
+            debian.sh("find / -xdev -name '*edge[dc]*'; getent passwd edged; getent group edge edge-admin || true")?;
         assert_eq!(left, "", "{suite}");
     }
+    Ok(())
+}
+
+#[test]
+fn groups_decide_who_may_look_and_who_may_change() -> Result<()> {
+    let world = World::boot("trixie")?;
+    let debian = &world.debian;
+    debian.sh("systemctl enable --now edged")?;
+    let drain = format!("edgectl lb drain {}", world.backend.address());
+    for (user, groups, look, change) in [
+        ("looker", "-G edge", 0, 1),
+        ("operator", "-G edge-admin", 0, 0),
+        ("stranger", "", 1, 1),
+    ] {
+        debian.sh(&format!("useradd {groups} {user}"))?;
+        for (command, code) in [("edgectl status", look), (drain.as_str(), change)] {
+            let said = debian.run(&format!("runuser -u {user} -- {command}"))?;
+            assert_eq!(said.code, Some(code), "{user}: {command}: {said}");
+        }
+    }
+    assert!(
+        debian.log().contains("operator"),
+        "a change is logged with its author: {}",
+        debian.log()
+    );
     Ok(())
 }
 

@@ -3,3 +3,8 @@
 //! [`plan`] says which node has which address.
 
 pub mod plan;
+
+/// Runs the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -20,8 +20,9 @@ Usage: bench lb [OPTIONS]        new connections, bulk, idle memory and system c
   --rounds N       rounds; the table shows medians [default: 5]
   --quick          one short round, to see that everything works; no figures to quote
   --only A,B       only these metrics (connections, bulk, memory, syscalls) and peers
-                   (edged, haproxy-copy, haproxy-splice, nginx, direct, tokio)
-  --peer tokio     beside the others a per-core tokio copy_bidirectional proxy: what own code buys
+                   (edged, haproxy-copy, haproxy-splice, haproxy-pipes, nginx, tokio, direct)
+  --peer NAME      beside the others: haproxy-pipes, HAProxy splicing through pipes as large as edged's;
+                   or tokio, a per-core copy_bidirectional proxy: what own code buys. May be repeated
   --output json    JSON instead of Markdown
 
 Needs root (network namespace, strace), haproxy, nginx with its stream module, strace and iproute2;

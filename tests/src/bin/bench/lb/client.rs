@@ -99,6 +99,13 @@ impl Errors {
     fn count(&self) -> u64 {
         self.0.values().sum()
     }
+    fn list(&self) -> String {
+        self.0
+            .iter()
+            .map(|(error, count)| format!("{count} x {error}"))
+            .collect::<Vec<_>>()
+            .join("; ")
+    }
 }
 
 /// New connections: `in_flight` at a time, each one request and one reply, until `millis` or `count` is reached.
@@ -106,7 +113,7 @@ fn exchange(target: SocketAddr, in_flight: u64, millis: u64, count: u64) -> Resu
     let mut exchanges = Exchanges::new(target, in_flight)?;
     exchanges.run(SLOW, in_flight * 4)?;
     let warm_up = std::mem::take(&mut exchanges.errors);
-    ensure!(warm_up.count() == 0, "while warming up: {:?}", warm_up.0);
+    ensure!(warm_up.count() == 0, "while warming up: {}", warm_up.list());
     exchanges.latencies.clear();
     ready()?;
     let start = Instant::now();

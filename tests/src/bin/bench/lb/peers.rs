@@ -39,6 +39,8 @@ pub(crate) enum Peer {
     HaproxyCopy,
     /// The same, splicing.
     HaproxySplice,
+    /// The same, with pipes as large as ours.
+    HaproxyPipes,
     /// Debian's nginx with its stream module.
     Nginx,
     /// tokio's `copy_bidirectional`, see `peer_tokio.rs`.
@@ -49,14 +51,18 @@ pub(crate) enum Peer {
 
 impl Peer {
     /// All, in the order of the tables.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Edged,
         Self::HaproxyCopy,
         Self::HaproxySplice,
+        Self::HaproxyPipes,
         Self::Nginx,
         Self::Tokio,
         Self::Direct,
     ];
+
+    /// Those that run only when asked for by name.
+    pub(crate) const EXTRA: [Self; 2] = [Self::HaproxyPipes, Self::Tokio];
 
     /// As written on the command line and in the tables.
     pub(crate) const fn name(self) -> &'static str {
@@ -64,6 +70,7 @@ impl Peer {
             Self::Edged => "edged",
             Self::HaproxyCopy => "haproxy-copy",
             Self::HaproxySplice => "haproxy-splice",
+            Self::HaproxyPipes => "haproxy-pipes",
             Self::Nginx => "nginx",
             Self::Tokio => "tokio",
             Self::Direct => "direct",
@@ -79,6 +86,7 @@ impl Peer {
             Self::Nginx => 8003,
             Self::Edged => 8004,
             Self::Tokio => 8005,
+            Self::HaproxyPipes => 8006,
         };
         (Ipv4Addr::LOCALHOST, port).into()
     }
@@ -91,13 +99,13 @@ impl Peer {
     pub(crate) fn version(self) -> Result<String> {
         Ok(match self {
             Self::Edged => first_line(Command::new(edged()?).arg("--version"))?,
-            Self::HaproxyCopy | Self::HaproxySplice => {
+            Self::HaproxyCopy | Self::HaproxySplice | Self::HaproxyPipes => {
                 first_line(Command::new("haproxy").arg("-v")).context(INSTALL)?
             }
             Self::Nginx => {
                 ensure!(
                     Path::new(NGINX_STREAM).exists(),
-                    "there is no {NGINX_STREAM}; {INSTALL}"
+                    "{INSTALL}: there is no {NGINX_STREAM}"
                 );
                 first_line(Command::new("nginx").arg("-v")).context(INSTALL)?
             }
@@ -130,6 +138,10 @@ impl Peer {
                 "haproxy-copy.cfg",
                 include_str!("../../../../peers/haproxy-copy.cfg"),
             )?),
+            Self::HaproxyPipes => haproxy(&file(
+                "haproxy-pipes.cfg",
+                include_str!("../../../../peers/haproxy-pipes.cfg"),
+            )?),
             Self::HaproxySplice => haproxy(&file(
                 "haproxy-splice.cfg",
                 include_str!("../../../../peers/haproxy-splice.cfg"),
@@ -151,8 +163,7 @@ impl Peer {
     }
 }
 
-const INSTALL: &str =
-    "install it (Debian: apt-get install haproxy nginx-light libnginx-mod-stream, or scripts/bench.sh)";
+const INSTALL: &str = "a peer is missing; scripts/bench.sh installs it (Debian: haproxy, nginx, libnginx-mod-stream)";
 
 fn edged() -> Result<PathBuf> {
     let folder = match env::var_os("EDGED_BIN_DIR") {

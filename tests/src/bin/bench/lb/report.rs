@@ -61,6 +61,8 @@ pub(crate) enum Figure {
     Syscalls,
     /// MiB per 10,000 sessions
     IdleMemory,
+    /// MiB before the first of them: what is set aside at the start does not grow later
+    RestMemory,
     /// Gbit/s
     Gbit(Way),
     /// s of the balancer's processes
@@ -76,6 +78,7 @@ impl Figure {
             Self::CpuPerConnection,
             Self::Syscalls,
             Self::IdleMemory,
+            Self::RestMemory,
         ];
         all.extend(
             Way::ALL
@@ -89,7 +92,7 @@ impl Figure {
         match self {
             Self::ConnectionsPerSecond | Self::P50 | Self::P99 | Self::CpuPerConnection => Metric::Connections,
             Self::Syscalls => Metric::Syscalls,
-            Self::IdleMemory => Metric::Memory,
+            Self::IdleMemory | Self::RestMemory => Metric::Memory,
             Self::Gbit(_) | Self::CpuPerGib(_) => Metric::Bulk,
         }
     }
@@ -102,6 +105,7 @@ impl Figure {
             Self::CpuPerConnection => "cpu_us_per_connection".into(),
             Self::Syscalls => "syscalls_per_connection".into(),
             Self::IdleMemory => "mib_per_10000_idle".into(),
+            Self::RestMemory => "mib_at_rest".into(),
             Self::Gbit(way) => format!("gbit_per_second_{}", way.key()),
             Self::CpuPerGib(way) => format!("cpu_s_per_gib_{}", way.key()),
         }
@@ -190,7 +194,7 @@ impl Bar {
     }
 }
 
-/// The bars' peers; a library baseline is none.
+/// The peers whose CPU time per connection is compared; a library baseline is none.
 const COMPETITORS: [Peer; 3] = [Peer::HaproxyCopy, Peer::HaproxySplice, Peer::Nginx];
 /// Of our CPU time per connection, against the better peer's.
 const CPU_PER_CONNECTION: f64 = 0.91;
@@ -283,33 +287,49 @@ impl Report {
         median(&ratios)
     }
 
+    /// Those whose metric was asked for.
     fn bars(&self) -> Vec<Bar> {
         let better = COMPETITORS
             .into_iter()
             .filter_map(|peer| Some((self.median(peer, Figure::CpuPerConnection)?, peer)))
             .min_by(|a, b| a.0.total_cmp(&b.0))
             .map(|(_, peer)| peer);
-        let name = better.map_or("the better peer", Peer::name);
-        let mut bars = vec![Bar {
-            what: format!("CPU per connection, against {name} (the better peer)"),
-            limit: CPU_PER_CONNECTION,
-            measured: better.and_then(|peer| self.ratio(Peer::Edged, peer, Figure::CpuPerConnection)),
-        }];
-        bars.extend(Way::ALL.into_iter().map(|way| Bar {
-            what: format!("CPU per GiB {}, against haproxy-splice", way.name()),
-            limit: CPU_PER_GIB,
-            measured: self.ratio(Peer::Edged, Peer::HaproxySplice, Figure::CpuPerGib(way)),
-        }));
-        bars.push(Bar {
-            what: "MiB per 10,000 idle sessions".into(),
-            limit: IDLE_MEMORY,
-            measured: self.median(Peer::Edged, Figure::IdleMemory),
-        });
-        bars.push(Bar {
-            what: "system calls per connection".into(),
-            limit: SYSCALLS,
-            measured: self.median(Peer::Edged, Figure::Syscalls),
-        });
+        let mut bars = Vec::new();
+        let mut bar = |of: Figure, what: String, limit: f64, measured: Option<f64>| {
+            if self.asked(Peer::Edged, of) {
+                bars.push(Bar { what, limit, measured });
+            }
+        };
+        bar(
+            Figure::CpuPerConnection,
+            format!(
+                "CPU per connection, against {}",
+                better.map_or("the better peer", Peer::name)
+            ),
+            CPU_PER_CONNECTION,
+            better.and_then(|peer| self.ratio(Peer::Edged, peer, Figure::CpuPerConnection)),
+        );
+        let pipes = self.peers().into_iter().filter(|peer| *peer == Peer::HaproxyPipes);
+        for peer in [Peer::HaproxySplice].into_iter().chain(pipes) {
+            for way in Way::ALL {
+                let of = Figure::CpuPerGib(way);
+                let what = format!("CPU per GiB {}, against {}", way.name(), peer.name());
+                bar(of, what, CPU_PER_GIB, self.ratio(Peer::Edged, peer, of));
+            }
+        }
+        let alone = |of| self.median(Peer::Edged, of);
+        bar(
+            Figure::IdleMemory,
+            "MiB per 10,000 idle sessions".into(),
+            IDLE_MEMORY,
+            alone(Figure::IdleMemory),
+        );
+        bar(
+            Figure::Syscalls,
+            "system calls per connection".into(),
+            SYSCALLS,
+            alone(Figure::Syscalls),
+        );
         bars
     }
 
@@ -350,6 +370,7 @@ impl Report {
                 ("CPU µs/connection", Figure::CpuPerConnection),
                 ("system calls/connection", Figure::Syscalls),
                 ("MiB/10,000 idle", Figure::IdleMemory),
+                ("MiB at rest", Figure::RestMemory),
             ],
         )?;
         for (title, column) in [
@@ -463,9 +484,13 @@ impl Report {
     }
 
     fn write_bars(&self, out: &mut String) -> std::fmt::Result {
+        let bars = self.bars();
+        if bars.is_empty() {
+            return Ok(());
+        }
         writeln!(out, "| edged | limit | measured | verdict |")?;
         writeln!(out, "|---|---:|---:|---|")?;
-        for bar in self.bars() {
+        for bar in bars {
             let measured = bar.measured.map_or_else(|| "–".into(), figure);
             writeln!(
                 out,
@@ -592,6 +617,7 @@ mod tests {
     fn a_missed_bar_is_said_aloud_and_a_missing_figure_is_not_met() {
         let mut report = report();
         fill(&mut report, Peer::Edged, Figure::IdleMemory, [22.5, 23.0, 21.0]);
+        report.error(Peer::Edged, Metric::Syscalls, "strace could not attach".into());
         assert_eq!(verdict(&report, "idle"), (Some(22.5), "MISSED"));
         assert_eq!(verdict(&report, "system calls"), (None, "no figure"));
     }
@@ -605,7 +631,7 @@ mod tests {
         assert_eq!(verdict(&report, "idle"), (None, "no figure"));
         let text = report.markdown();
         assert!(
-            text.contains("| – | – | 9.00 (9.00–9.00) | – | – | no figure | 1 |"),
+            text.contains("| – | – | 9.00 (9.00–9.00) | – | – | no figure | no figure | 1 |"),
             "{text}"
         );
         assert!(
