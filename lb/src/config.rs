@@ -649,7 +649,8 @@ impl FromStr for Address {
         if let Ok(address) = text.parse::<SocketAddr>() {
             return Ok(Self::Ip(address));
         }
-        if text.parse::<IpAddr>().is_ok() {
+        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+        if bare.parse::<IpAddr>().is_ok() {
             return Err(format!(
                 "\"{text}\" has no port; write HOST:PORT, an IPv6 address in brackets: \"[fd00::11]:6443\""
             ));
@@ -969,6 +970,7 @@ active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3
         assert!("cp1.fleet:6443".parse::<Address>().is_ok());
         for (text, reason) in [
             ("fd00::11", "no port"),
+            ("[fd00::11]", "no port"),
             ("cp1", "no port"),
             ("cp1:http", "no port;"),
             ("300.1.1.1:6443", "neither an IP"),

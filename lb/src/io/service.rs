@@ -240,13 +240,8 @@ impl Service {
 
     /// Everything that could go wrong, before anything is changed.
     fn refuse(&self, config: &Config, opened: &Opened) -> Result<(), String> {
-        let threads = crate::threads(config, self.threads.count());
-        if threads != self.threads.count() && !self.listeners.is_empty() {
-            return Err(format!(
-                "lb.threads changes from {} to {threads}, which takes new threads: systemctl restart edged",
-                self.threads.count()
-            ));
-        }
+        // Threads stay as they are until the next start, whatever the key says by then.
+        let threads = self.threads.count();
         let passed = |address: &SocketAddr, copies: u16| {
             opened
                 .listeners
