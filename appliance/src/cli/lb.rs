@@ -284,6 +284,3 @@ fn explain(why: &Why, out: Out) -> String {
     text.push_str(&table.show(out, 2));
     text
 }
-
-#[cfg(test)]
-mod tests;
