@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncWriteExt, Interest},
     net::{UnixListener, UnixStream},
     sync::{Semaphore, mpsc, oneshot},
     time::timeout,
@@ -199,7 +199,11 @@ fn turn_away(places: &Arc<Semaphore>, mut stream: UnixStream, status: StatusCode
     tokio::spawn(async move {
         let write = async {
             // An answer that comes before the question is an error to an HTTP client; what waits is left unread.
-            stream.readable().await?;
+            let asked = || match rustix::io::ioctl_fionread(&stream)? {
+                0 => Err(std::io::ErrorKind::WouldBlock.into()),
+                _ => Ok(()),
+            };
+            stream.async_io(Interest::READABLE, asked).await?;
             stream.write_all(answer.as_bytes()).await?;
             stream.shutdown().await
         };

@@ -19,7 +19,7 @@ use crate::{
         out::{Ink, Out, clean, duration, plural},
     },
     client::{Client, ClientError},
-    config::{Config, load},
+    config::{Config, Faulty, load},
     control::{OPERATE_GROUP, READ_GROUP},
 };
 
@@ -232,9 +232,20 @@ async fn reachable(findings: &mut Findings, client: &Client) -> Option<Status> {
 }
 
 fn read(path: &Path) -> Result<crate::config::Loaded, (bool, String)> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| (error.kind() == std::io::ErrorKind::PermissionDenied, error.to_string()))?;
-    load(&text, &path.display().to_string()).map_err(|faulty| (false, faulty.to_string()))
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+        (denied, format!("{} cannot be read: {error}", path.display()))
+    })?;
+    load(&text, &path.display().to_string()).map_err(|faulty| (false, first(&faulty)))
+}
+
+/// The first fault; `config check` shows them all.
+fn first(faulty: &Faulty) -> String {
+    let told = faulty.faults.first().map(ToString::to_string).unwrap_or_default();
+    match faulty.faults.len() {
+        0 | 1 => told,
+        all => format!("{told}\n(and {} more)", all - 1),
+    }
 }
 
 fn file(findings: &mut Findings, options: &Options, config: &Result<crate::config::Loaded, (bool, String)>, pre: bool) {
@@ -244,7 +255,7 @@ fn file(findings: &mut Findings, options: &Options, config: &Result<crate::confi
         Ok(loaded) => match loaded.check_files() {
             Ok(_) => findings.ok("the file is good"),
             Err(faulty) => findings.problem(
-                faulty.to_string(),
+                first(&faulty),
                 "edged cannot load this file",
                 format!("edgectl config check {path}"),
             ),
@@ -256,7 +267,7 @@ fn file(findings: &mut Findings, options: &Options, config: &Result<crate::confi
         ),
         Err((false, error)) if pre && !options.config.exists() => {
             findings.hint(
-                format!("{path} is not there yet ({error})"),
+                format!("there is no configuration yet: {error}"),
                 "edged starts with what it says",
                 format!("write it, then: edgectl config check {path}"),
             );
@@ -510,7 +521,7 @@ fn machine(findings: &mut Findings) {
     memory(findings);
     match synchronised() {
         Some(true) => findings.ok("clock synchronised"),
-        Some(false) => findings.problem(
+        Some(false) => findings.hint(
             "the clock is not synchronised",
             "certificates, logs and the history of configurations go by it",
             "timedatectl set-ntp true; timedatectl status",

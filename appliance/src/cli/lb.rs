@@ -76,12 +76,16 @@ pub(super) async fn drain(client: &Client, out: Out, backend: String, set: bool)
                     if set { "is drained already" } else { "was not drained" }
                 ));
             } else {
-                let effect = if set {
-                    "drained: no new connections, running ones stay; take it back with: edgectl lb undrain"
-                } else {
-                    "in use again as soon as it is healthy"
+                let tell = |name: String| {
+                    if set {
+                        format!(
+                            "{name} drained: no new connections, running ones stay; to take it back: edgectl lb undrain '{name}'"
+                        )
+                    } else {
+                        format!("{name} in use again as soon as it is healthy")
+                    }
                 };
-                let lines: Vec<String> = changed.iter().map(|name| format!("{} {effect}", clean(name))).collect();
+                let lines: Vec<String> = changed.iter().map(|name| tell(clean(name))).collect();
                 out.print(&lines.join("\n"));
             }
             Ok(0)
@@ -280,6 +284,3 @@ fn explain(why: &Why, out: Out) -> String {
     text.push_str(&table.show(out, 2));
     text
 }
-
-#[cfg(test)]
-mod tests;

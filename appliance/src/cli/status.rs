@@ -229,6 +229,3 @@ fn badges(status: &Status, out: Out) -> String {
     text.push_str(&format!("health   {line}\n"));
     text
 }
-
-#[cfg(test)]
-pub(crate) mod tests;
