@@ -144,12 +144,6 @@ impl Etcd {
         self.members.iter().position(|member| Some(member.id) == id).with_context(|| format!("no leader in {answer}"))
     }
 
-    /// The member whose certificate this is.
-    pub fn by_certificate(&self, certificate: &CertificateDer<'_>) -> Option<&str> {
-        let member = self.members.iter().find(|member| member.identity.certificate() == certificate);
-        member.map(|member| member.node.name())
-    }
-
     /// The member that sent an answer of the JSON API.
     pub fn by_answer(&self, answer: &Value) -> Option<&str> {
         let id = member_id(answer)?;
@@ -194,6 +188,16 @@ impl Member {
         command.args(&self.arguments);
         self.process = Some(self.node.spawn("etcd", command)?);
         Ok(())
+    }
+
+    /// Its id, by which answers name it; 0 until it has served.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The certificate it shows.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        self.identity.certificate()
     }
 
     /// Kills it: signal 9.

@@ -14,7 +14,7 @@ use std::{
 
 use socket2::SockRef;
 
-use crate::{Node, backend::is_reset, tls::read_line};
+use crate::{Node, backend::is_reset, tls::{read_line, read_some}};
 
 /// What one client does once it is connected; returns who served it.
 pub type Exchange = dyn Fn(TcpStream) -> io::Result<String> + Send + Sync;
@@ -316,7 +316,7 @@ impl Session {
     pub fn cut(&mut self, within: Duration) -> io::Result<(Duration, bool)> {
         let begin = Instant::now();
         self.stream.set_read_timeout(Some(within))?;
-        match self.stream.read(&mut [0; 64]) {
+        match read_some(&mut self.stream, &mut [0; 64]) {
             Ok(0) => Ok((begin.elapsed(), false)),
             Ok(_) => Err(io::Error::other("the server said something instead")),
             Err(error) if is_reset(&error) => Ok((begin.elapsed(), true)),

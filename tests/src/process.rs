@@ -1,7 +1,9 @@
 //! Processes of a lab: started with their output in a file, ended by their own pid.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
+    net::{IpAddr, SocketAddr},
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -113,6 +115,51 @@ pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     kill_process(raw(pid), signal).with_context(|| format!("signal to {pid}"))
 }
 
+/// The TCP connections of a process, each as its own end and the other.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn connections(pid: u32) -> Result<Vec<(SocketAddr, SocketAddr)>> {
+    let mut inodes = BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))? {
+        // A descriptor that was closed meanwhile has no link any more.
+        let Ok(link) = fs::read_link(entry?.path()) else { continue };
+        inodes.extend(link.to_str().and_then(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())));
+    }
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        // The table of the namespace that the process is in.
+        for line in fs::read_to_string(format!("/proc/{pid}/net/{table}"))?.lines().skip(1) {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let [_, local, remote, state, ..] = fields[..] else { continue };
+            if state == "01"
+                && fields.get(9).is_some_and(|inode| inodes.contains(*inode))
+                && let (Some(local), Some(remote)) = (socket_address(local), socket_address(remote))
+            {
+                found.push((local, remote));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// An address as `/proc/net/tcp` writes it: words of the machine's byte order, in hexadecimal.
+fn socket_address(text: &str) -> Option<SocketAddr> {
+    let (address, port) = text.split_once(':')?;
+    let mut bytes = Vec::new();
+    for word in address.as_bytes().chunks(8) {
+        let word = u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok()?;
+        bytes.extend(word.to_ne_bytes());
+    }
+    let ip = match bytes.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
+        16 => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?),
+        _ => return None,
+    };
+    Some((ip, u16::from_str_radix(port, 16).ok()?).into())
+}
+
 /// How a process ended, in words.
 pub fn ending(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
@@ -130,4 +177,21 @@ fn raw(pid: u32) -> Pid {
 pub fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_of_this_process_is_found_over_both_families() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let wanted = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+            assert!(connections(std::process::id()).unwrap().contains(&wanted), "{wanted:?}");
+        }
+    }
 }

@@ -164,6 +164,15 @@ pub fn connect(target: SocketAddr, config: &Arc<ClientConfig>, timeout: Duration
     tcp.set_nodelay(true)?;
     tcp.set_read_timeout(Some(timeout))?;
     tcp.set_write_timeout(Some(timeout))?;
+    handshake(tcp, target, config)
+}
+
+/// Shakes hands on a connection to `target`.
+///
+/// # Errors
+///
+/// As [`connect`].
+pub fn handshake(tcp: TcpStream, target: SocketAddr, config: &Arc<ClientConfig>) -> io::Result<TlsStream> {
     let name = ServerName::IpAddress(target.ip().into());
     let connection = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(connection, tcp);
@@ -190,9 +199,23 @@ pub fn read_line(stream: &mut impl Read, buffer: &mut Vec<u8>) -> io::Result<Opt
             return Ok(Some(String::from_utf8_lossy(&line).trim_end().to_owned()));
         }
         let mut chunk = [0; 4096];
-        match stream.read(&mut chunk)? {
+        match read_some(stream, &mut chunk)? {
             0 => return Ok(None),
             count => buffer.extend_from_slice(&chunk[..count]),
+        }
+    }
+}
+
+/// One read that goes on after an interruption: a read with a time limit is interrupted whenever the machine was paused.
+///
+/// # Errors
+///
+/// What the stream says.
+pub fn read_some(stream: &mut impl Read, out: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.read(out) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }

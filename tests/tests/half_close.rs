@@ -5,7 +5,7 @@
 //! ```
 
 use std::{
-    io::{Read, Write},
+    io::Write,
     net::{Shutdown, TcpStream},
     thread,
     time::{Duration, Instant},
@@ -16,6 +16,7 @@ use tests::{
     Edge, World,
     backend::Script,
     load::{Session, send_and_finish},
+    tls::read_some,
     wait_until,
 };
 
@@ -60,12 +61,12 @@ fn a_half_closed_session_that_stays_silent_is_cut_after_half_close_timeout() -> 
     stream.write_all(b"anybody there?")?;
     // Quiet but open both ways: the half-close timer must not run yet.
     stream.set_read_timeout(Some(Duration::from_millis(2500)))?;
-    let silence = stream.read(&mut [0; 1]).expect_err("the backend is mute");
+    let silence = read_some(&mut stream, &mut [0; 1]).expect_err("the backend is mute");
     ensure!(silence.kind() == std::io::ErrorKind::WouldBlock, "{silence}");
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.shutdown(Shutdown::Write)?;
     let begin = Instant::now();
-    let cut = stream.read(&mut [0; 1]);
+    let cut = read_some(&mut stream, &mut [0; 1]);
     let took = begin.elapsed();
     ensure!(matches!(cut, Ok(0) | Err(_)), "{cut:?}");
     ensure!((Duration::from_millis(1900)..Duration::from_millis(3300)).contains(&took), "cut after {took:?}");
@@ -88,7 +89,7 @@ fn a_slow_reader_gets_every_byte_after_the_server_has_closed() -> Result<()> {
     let mut buffer = vec![0; 4_000_000];
     let mut got = 0;
     loop {
-        match stream.read(&mut buffer)? {
+        match read_some(&mut stream, &mut buffer)? {
             0 => break,
             count => got += count,
         }
