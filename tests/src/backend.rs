@@ -123,7 +123,12 @@ impl Backend {
             let (accept, shared) = (listener.try_clone()?, Arc::clone(&shared));
             Ok((listener, thread::spawn(move || shared.accept(&accept))))
         })?;
-        Ok(Self { address, listener, shared, accepting: Some(accepting) })
+        Ok(Self {
+            address,
+            listener,
+            shared,
+            accepting: Some(accepting),
+        })
     }
 
     /// Where it listens.
@@ -164,7 +169,9 @@ impl Drop for Backend {
     fn drop(&mut self) {
         self.stop_listening();
         self.reset();
-        let _ = wait_for("the serving threads end", Duration::from_secs(2), || (self.live() == 0).then_some(()));
+        let _ = wait_for("the serving threads end", Duration::from_secs(2), || {
+            (self.live() == 0).then_some(())
+        });
     }
 }
 
@@ -184,7 +191,11 @@ impl Shared {
             let Ok(clone) = stream.try_clone() else { continue };
             let mut sessions = self.sessions();
             let id = sessions.accepted.len();
-            sessions.accepted.push(Accepted { from, at: Instant::now(), ended: None });
+            sessions.accepted.push(Accepted {
+                from,
+                at: Instant::now(),
+                ended: None,
+            });
             sessions.live.insert(id as u64, clone);
             drop(sessions);
             let shared = Arc::clone(&self);
@@ -229,7 +240,9 @@ impl Shared {
         let mut tls = StreamOwned::new(connection, stream);
         let mut buffer = Vec::new();
         loop {
-            let Some(first) = read_line(&mut tls, &mut buffer)? else { return Ok(()) };
+            let Some(first) = read_line(&mut tls, &mut buffer)? else {
+                return Ok(());
+            };
             while read_line(&mut tls, &mut buffer)?.is_some_and(|line| !line.is_empty()) {}
             let (status, body) = match readyz.get() {
                 _ if !first.contains(" /readyz") => (200, self.name.as_str()),
@@ -237,7 +250,10 @@ impl Shared {
                 status => (status, "[+]ping ok"),
             };
             let length = body.len();
-            write!(tls, "HTTP/1.1 {status} Scripted\r\ncontent-type: text/plain\r\ncontent-length: {length}\r\n\r\n{body}")?;
+            write!(
+                tls,
+                "HTTP/1.1 {status} Scripted\r\ncontent-type: text/plain\r\ncontent-length: {length}\r\n\r\n{body}"
+            )?;
             tls.flush()?;
         }
     }
@@ -251,5 +267,8 @@ fn hold(stream: &TcpStream, events: PollFlags) -> io::Result<()> {
 
 /// Whether a failure means that the other side reset the connection.
 pub fn is_reset(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted
+    )
 }

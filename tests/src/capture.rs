@@ -86,15 +86,34 @@ impl Node {
         let file = self.fresh_file("capture.pcap");
         let mut tcpdump = self.command("tcpdump");
         // 128 bytes hold every header; without -Z root, Debian's tcpdump becomes another user and may not write the file.
-        tcpdump.args(["-Z", "root", "-i", "eth0", "-U", "--immediate-mode", "-n", "-s", "128", "-B", "16384", "-w"]);
-        tcpdump.arg(&file).arg(format!("({filter}) or (ip6 and udp dst port {MARK_PORT})"));
+        tcpdump.args([
+            "-Z",
+            "root",
+            "-i",
+            "eth0",
+            "-U",
+            "--immediate-mode",
+            "-n",
+            "-s",
+            "128",
+            "-B",
+            "16384",
+            "-w",
+        ]);
+        tcpdump
+            .arg(&file)
+            .arg(format!("({filter}) or (ip6 and udp dst port {MARK_PORT})"));
         let log = self.fresh_file("tcpdump.log");
         let mut process = Process::start(&format!("tcpdump on {}", self.name()), tcpdump, &log)?;
         wait_until("tcpdump listens", Duration::from_secs(10), || {
             process.log().contains("listening on") || !process.running()
         })?;
         ensure!(process.running(), "tcpdump: {}", process.log());
-        Ok(Capture { node: self.clone(), process, file })
+        Ok(Capture {
+            node: self.clone(),
+            process,
+            file,
+        })
     }
 }
 
@@ -116,7 +135,10 @@ impl Capture {
             // SAFETY: the name is a C string that outlives the call.
             let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
             let group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0xe7);
-            Ok((UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?, SocketAddrV6::new(group, MARK_PORT, 0, index)))
+            Ok((
+                UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?,
+                SocketAddrV6::new(group, MARK_PORT, 0, index),
+            ))
         })?;
         let found = wait_for("the capture's file holds the mark", Duration::from_secs(10), || {
             let _ = socket.0.send_to(mark.as_bytes(), socket.1);
@@ -140,7 +162,10 @@ impl Capture {
         self.process.wait(Duration::from_secs(10))?;
         let log = self.process.log();
         // A capture with holes proves nothing.
-        ensure!(log.contains("\n0 packets dropped by kernel"), "tcpdump lost packets: {log}");
+        ensure!(
+            log.contains("\n0 packets dropped by kernel"),
+            "tcpdump lost packets: {log}"
+        );
         Ok(trace)
     }
 }
@@ -182,9 +207,7 @@ impl Trace {
     /// The packets between two sockets, both ways.
     #[must_use]
     pub fn socket(&self, one: SocketAddr, other: SocketAddr) -> Self {
-        self.filter(|packet| {
-            (packet.from == one && packet.to == other) || (packet.from == other && packet.to == one)
-        })
+        self.filter(|packet| (packet.from == one && packet.to == other) || (packet.from == other && packet.to == one))
     }
 
     /// The packets to or from `address`.
@@ -196,7 +219,9 @@ impl Trace {
     /// The packets that `keep` keeps.
     #[must_use]
     pub fn filter(&self, keep: impl Fn(&Packet) -> bool) -> Self {
-        Self { packets: self.packets.iter().filter(|packet| keep(packet)).cloned().collect() }
+        Self {
+            packets: self.packets.iter().filter(|packet| keep(packet)).cloned().collect(),
+        }
     }
 
     /// The connections, in the order of their first SYNs; one whose SYN is not in the trace is left out.
@@ -228,7 +253,10 @@ impl Trace {
 
     /// The connections that `from` tried to open to `server`.
     pub fn connects(&self, from: IpAddr, server: SocketAddr) -> Vec<Flow> {
-        self.flows().into_iter().filter(|flow| flow.client.ip() == from && flow.server == server).collect()
+        self.flows()
+            .into_iter()
+            .filter(|flow| flow.client.ip() == from && flow.server == server)
+            .collect()
     }
 }
 
@@ -252,13 +280,21 @@ impl Flow {
         }
         *(if up { &mut self.up } else { &mut self.down }) += packet.payload;
         if packet.fin() || packet.rst() {
-            self.ended.get_or_insert(End { at: packet.at, by: packet.from, reset: packet.rst() });
+            self.ended.get_or_insert(End {
+                at: packet.at,
+                by: packet.from,
+                reset: packet.rst(),
+            });
         }
     }
 
     /// The server (or what stands before it) answered the SYN with an RST.
     pub fn refused(&self) -> bool {
-        self.accepted.is_none() && self.ended.as_ref().is_some_and(|end| end.reset && end.by == self.server)
+        self.accepted.is_none()
+            && self
+                .ended
+                .as_ref()
+                .is_some_and(|end| end.reset && end.by == self.server)
     }
 
     /// Whether it was open at `at`: accepted before, and not begun to end.
@@ -272,7 +308,9 @@ impl Flow {
 fn parse(file: &[u8]) -> Result<Trace> {
     let header = file.get(..24).context("the capture has no header")?;
     let word = |bytes: &[u8], at: usize| -> Option<u32> {
-        Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().expect("four bytes")))
+        Some(u32::from_ne_bytes(
+            bytes.get(at..at + 4)?.try_into().expect("four bytes"),
+        ))
     };
     if word(header, 0) != Some(0xa1b2_c3d4) || word(header, 20) != Some(1) {
         bail!("the capture is not pcap with microseconds over Ethernet");
@@ -280,7 +318,9 @@ fn parse(file: &[u8]) -> Result<Trace> {
     let mut rest = &file[24..];
     let mut packets = Vec::new();
     while let (Some(seconds), Some(micros), Some(length)) = (word(rest, 0), word(rest, 4), word(rest, 8)) {
-        let Some(frame) = rest.get(16..16 + length as usize) else { break };
+        let Some(frame) = rest.get(16..16 + length as usize) else {
+            break;
+        };
         let at = UNIX_EPOCH + Duration::from_secs(seconds.into()) + Duration::from_micros(micros.into());
         packets.extend(packet(frame, at));
         rest = &rest[16 + length as usize..];
@@ -296,7 +336,12 @@ fn packet(frame: &[u8], at: SystemTime) -> Option<Packet> {
         0x0800 if *ip.get(9)? == 6 => {
             let header = usize::from(ip[0] & 15) * 4;
             let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?).into());
-            (address(12)?, address(16)?, ip.get(header..)?, usize::from(short(ip, 2)?).checked_sub(header)?)
+            (
+                address(12)?,
+                address(16)?,
+                ip.get(header..)?,
+                usize::from(short(ip, 2)?).checked_sub(header)?,
+            )
         }
         // No extension headers: none of the lab's kernels sends any with TCP.
         0x86dd if *ip.get(6)? == 6 => {
@@ -372,7 +417,9 @@ mod tests {
     }
 
     fn frame(from: SocketAddr, to: SocketAddr, seq: u32, flags: u8, payload: u16) -> Vec<u8> {
-        let (IpAddr::V6(source), IpAddr::V6(target)) = (from.ip(), to.ip()) else { panic!("IPv6 only") };
+        let (IpAddr::V6(source), IpAddr::V6(target)) = (from.ip(), to.ip()) else {
+            panic!("IPv6 only")
+        };
         let mut frame = vec![0; 12];
         frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
         frame.extend((20 + payload).to_be_bytes());

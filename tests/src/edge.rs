@@ -50,11 +50,22 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let directories: Vec<PathBuf> = match std::env::var_os("EDGED_BIN_DIR") {
         Some(directory) => vec![directory.into()],
         // A test's executable lies in target/PROFILE/deps, a demo's in target/PROFILE.
-        None => std::env::current_exe()?.ancestors().skip(1).take(2).map(Path::to_owned).collect(),
+        None => std::env::current_exe()?
+            .ancestors()
+            .skip(1)
+            .take(2)
+            .map(Path::to_owned)
+            .collect(),
     };
-    let found = directories.iter().map(|directory| directory.join(name)).find(|file| file.is_file());
+    let found = directories
+        .iter()
+        .map(|directory| directory.join(name))
+        .find(|file| file.is_file());
     found.with_context(|| {
-        format!("{name} is not in {}; build it: cargo build --release --workspace", directories[0].display())
+        format!(
+            "{name} is not in {}; build it: cargo build --release --workspace",
+            directories[0].display()
+        )
     })
 }
 
@@ -77,10 +88,19 @@ impl Edge {
         let (file, state, socket) = (node.file("edged.toml"), node.file("state"), node.file("edged.sock"));
         fs::create_dir_all(&state)?;
         fs::write(&file, with_socket(config, &socket))?;
-        let environment: Vec<_> =
-            environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let environment: Vec<_> = environment
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect();
         let process = launch(node, &file, &state, &environment)?;
-        let edge = Self { node: node.clone(), process: Mutex::new(process), config: file, state, socket, environment };
+        let edge = Self {
+            node: node.clone(),
+            process: Mutex::new(process),
+            config: file,
+            state,
+            socket,
+            environment,
+        };
         edge.wait_until_serving()?;
         Ok(edge)
     }
@@ -112,10 +132,14 @@ impl Edge {
         let mut all = vec![self.pid()];
         let mut next = 0;
         while let Some(pid) = all.get(next) {
-            let children = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().filter_map(Result::ok);
+            let children = fs::read_dir(format!("/proc/{pid}/task"))
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok);
             let lists = children.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-            let children: Vec<u32> =
-                lists.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+            let children: Vec<u32> = lists
+                .flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+                .collect();
             all.extend(children);
             next += 1;
         }
@@ -132,7 +156,10 @@ impl Edge {
             .iter()
             .map(|pid| {
                 let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-                let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+                let line = text
+                    .lines()
+                    .find_map(|line| line.strip_prefix("Pss:"))
+                    .context("no Pss")?;
                 Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?)
             })
             .sum()
@@ -159,7 +186,10 @@ impl Edge {
     /// If the file cannot be written.
     pub fn reload(&self, config: &str) -> Result<()> {
         fs::write(&self.config, with_socket(config, &self.socket))?;
-        self.process.lock().expect("no panic while it is held").signal(Signal::HUP)
+        self.process
+            .lock()
+            .expect("no panic while it is held")
+            .signal(Signal::HUP)
     }
 
     /// `edgectl config apply` of a file with `config`.
@@ -211,8 +241,12 @@ impl Edge {
     /// If it does not run.
     pub fn worker(&self, role: &str) -> Result<u32> {
         let workers = self.workers()?;
-        let worker = workers.iter().find(|worker| worker["role"] == role && worker["state"] == "running");
-        let pid = worker.and_then(|worker| worker["pid"].as_u64()).and_then(|pid| pid.try_into().ok());
+        let worker = workers
+            .iter()
+            .find(|worker| worker["role"] == role && worker["state"] == "running");
+        let pid = worker
+            .and_then(|worker| worker["pid"].as_u64())
+            .and_then(|pid| pid.try_into().ok());
         pid.with_context(|| format!("no worker {role} is running: {workers:?}"))
     }
 
@@ -233,7 +267,9 @@ impl Edge {
     ///
     /// If that does not happen.
     pub fn wait_for_new_worker(&self, role: &str, before: u32, within: Duration) -> Result<u32> {
-        wait_for(&format!("another worker {role} runs"), within, || self.worker(role).ok().filter(|pid| *pid != before))
+        wait_for(&format!("another worker {role} runs"), within, || {
+            self.worker(role).ok().filter(|pid| *pid != before)
+        })
     }
 
     /// A backend as `edgectl lb show` shows it, by its address.
@@ -244,10 +280,17 @@ impl Edge {
     pub fn backend(&self, address: impl ToString) -> Result<Value> {
         let shown = self.json(&["lb", "show"])?;
         let wanted = address.to_string();
-        let frontends = find(&shown, "frontends").and_then(Value::as_array).context("no frontends")?;
-        let mut backends = frontends.iter().filter_map(|frontend| frontend["backends"].as_array()).flatten();
+        let frontends = find(&shown, "frontends")
+            .and_then(Value::as_array)
+            .context("no frontends")?;
+        let mut backends = frontends
+            .iter()
+            .filter_map(|frontend| frontend["backends"].as_array())
+            .flatten();
         let found = backends.find(|backend| backend["backend"] == wanted.as_str());
-        found.cloned().with_context(|| format!("no backend {wanted} in {shown}"))
+        found
+            .cloned()
+            .with_context(|| format!("no backend {wanted} in {shown}"))
     }
 
     /// The state of a backend: `healthy`, `banned`, ...
@@ -279,8 +322,15 @@ impl Edge {
     /// As [`Edge::json`].
     pub fn events(&self, address: impl ToString) -> Result<Vec<Value>> {
         let why = self.json(&["lb", "why", &address.to_string()])?;
-        let backends = find(&why, "backends").and_then(Value::as_array).context("no backends")?;
-        Ok(backends.iter().filter_map(|backend| backend["events"].as_array()).flatten().cloned().collect())
+        let backends = find(&why, "backends")
+            .and_then(Value::as_array)
+            .context("no backends")?;
+        Ok(backends
+            .iter()
+            .filter_map(|backend| backend["events"].as_array())
+            .flatten()
+            .cloned()
+            .collect())
     }
 
     /// The metrics page, as a scraper on the same machine reads it.
@@ -295,7 +345,11 @@ impl Edge {
         stream.set_read_timeout(Some(patience))?;
         let mut response = http::request(stream, "GET", "/metrics", "[::1]:9464", "")?;
         let text = response.text()?;
-        ensure!(response.status == 200, "the metrics page was answered {}: {text}", response.status);
+        ensure!(
+            response.status == 200,
+            "the metrics page was answered {}: {text}",
+            response.status
+        );
         Ok(text)
     }
 
@@ -335,7 +389,12 @@ pub fn refused_start(node: &Node, config: &str) -> Result<Said> {
 
 fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, String)]) -> Result<Process> {
     let mut command = node.command(program("edged")?);
-    command.arg("--config").arg(config).arg("--state").arg(state).envs(environment.iter().cloned());
+    command
+        .arg("--config")
+        .arg(config)
+        .arg("--state")
+        .arg(state)
+        .envs(environment.iter().cloned());
     node.spawn("edged", command)
 }
 
@@ -361,7 +420,10 @@ pub fn say(command: &mut Command, within: Duration) -> Result<Said> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("{command:?}"))?;
-    let (mut out, mut err) = (child.stdout.take().expect("piped above"), child.stderr.take().expect("piped above"));
+    let (mut out, mut err) = (
+        child.stdout.take().expect("piped above"),
+        child.stderr.take().expect("piped above"),
+    );
     let read = |from: &mut dyn Read| {
         let mut bytes = Vec::new();
         let _ = from.read_to_end(&mut bytes);
@@ -379,7 +441,12 @@ pub fn say(command: &mut Command, within: Duration) -> Result<Said> {
         let text = |thread: std::thread::ScopedJoinHandle<'_, String>| thread.join().unwrap_or_default();
         let (out, err) = (text(out), text(err));
         let status = ended.with_context(|| format!("{out}{err}"))?;
-        Ok(Said { code: status.code(), out, err, took })
+        Ok(Said {
+            code: status.code(),
+            out,
+            err,
+            took,
+        })
     })
 }
 
@@ -394,7 +461,9 @@ pub fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
 
 impl std::fmt::Display for Said {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let code = self.code.map_or_else(|| "a signal".to_owned(), |code| format!("exit status {code}"));
+        let code = self
+            .code
+            .map_or_else(|| "a signal".to_owned(), |code| format!("exit status {code}"));
         write!(f, "{code}\n{}{}", self.out, self.err)
     }
 }

@@ -63,11 +63,14 @@ impl Etcd {
         let ca = Ca::new("lab")?;
         let ca_file = lab.dir().join("ca.crt");
         ca.write(&ca_file)?;
-        let nodes: Vec<Node> =
-            (1..=3).map(|number| lab.node(&format!("cp{number}"), 10 + number)).collect::<Result<_>>()?;
+        let nodes: Vec<Node> = (1..=3)
+            .map(|number| lab.node(&format!("cp{number}"), 10 + number))
+            .collect::<Result<_>>()?;
         let url = |address: SocketAddr| format!("https://{address}");
-        let cluster: Vec<String> =
-            nodes.iter().map(|node| format!("{}={}", node.name(), url(node.at(PEER_PORT)))).collect();
+        let cluster: Vec<String> = nodes
+            .iter()
+            .map(|node| format!("{}={}", node.name(), url(node.at(PEER_PORT))))
+            .collect();
         let mut members = Vec::new();
         for node in &nodes {
             let identity = ca.issue(node.name(), None, &[&[node.ip(), node.ip4()], front].concat(), &[])?;
@@ -93,15 +96,29 @@ impl Etcd {
                 ("election-timeout", "500".to_owned()),
                 ("logger", "zap".to_owned()),
             ];
-            let mut arguments: Vec<String> =
-                arguments.into_iter().map(|(key, value)| format!("--{key}={value}")).collect();
+            let mut arguments: Vec<String> = arguments
+                .into_iter()
+                .map(|(key, value)| format!("--{key}={value}"))
+                .collect();
             arguments.extend(["--client-cert-auth".to_owned(), "--peer-client-cert-auth".to_owned()]);
-            members.push(Member { node: node.clone(), identity, arguments, process: None, id: 0 });
+            members.push(Member {
+                node: node.clone(),
+                identity,
+                arguments,
+                process: None,
+                id: 0,
+            });
         }
         let user = ca.issue("root", None, &[], &[])?;
         let client_files = user.write(&lab.dir().join("client"))?;
         let client = ca.client(Some(&user))?;
-        let mut etcd = Self { members, client, ca, ca_file, client_files };
+        let mut etcd = Self {
+            members,
+            client,
+            ca,
+            ca_file,
+            client_files,
+        };
         for index in 0..etcd.members.len() {
             etcd.members[index].start()?;
         }
@@ -120,13 +137,23 @@ impl Etcd {
         let target = self.members[index].node.at(CLIENT_PORT);
         let mut id = None;
         let node = self.members[index].node.clone();
-        wait_until(&format!("etcd on {} serves", node.name()), Duration::from_secs(15), || {
-            // A range read is linearizable: it is answered only by a member that reaches the leader.
-            let answer = node.enter(|| call(&self.client, target, "/v3/kv/range", r#"{"key":"AA=="}"#));
-            id = answer.ok().and_then(|answer| member_id(&answer));
-            id.is_some()
-        })
-        .with_context(|| self.members[index].process.as_ref().map(Process::log).unwrap_or_default())?;
+        wait_until(
+            &format!("etcd on {} serves", node.name()),
+            Duration::from_secs(15),
+            || {
+                // A range read is linearizable: it is answered only by a member that reaches the leader.
+                let answer = node.enter(|| call(&self.client, target, "/v3/kv/range", r#"{"key":"AA=="}"#));
+                id = answer.ok().and_then(|answer| member_id(&answer));
+                id.is_some()
+            },
+        )
+        .with_context(|| {
+            self.members[index]
+                .process
+                .as_ref()
+                .map(Process::log)
+                .unwrap_or_default()
+        })?;
         self.members[index].id = id.context("an id was read")?;
         Ok(())
     }
@@ -137,17 +164,29 @@ impl Etcd {
     ///
     /// If no member says.
     pub fn leader(&self) -> Result<usize> {
-        let asked = self.members.iter().find(|member| member.process.is_some()).context("no member runs")?;
+        let asked = self
+            .members
+            .iter()
+            .find(|member| member.process.is_some())
+            .context("no member runs")?;
         let target = asked.node.at(CLIENT_PORT);
-        let answer = asked.node.enter(|| call(&self.client, target, "/v3/maintenance/status", "{}"))?;
+        let answer = asked
+            .node
+            .enter(|| call(&self.client, target, "/v3/maintenance/status", "{}"))?;
         let id = answer["leader"].as_str().and_then(|id| id.parse::<u64>().ok());
-        self.members.iter().position(|member| Some(member.id) == id).with_context(|| format!("no leader in {answer}"))
+        self.members
+            .iter()
+            .position(|member| Some(member.id) == id)
+            .with_context(|| format!("no leader in {answer}"))
     }
 
     /// The member that sent an answer of the JSON API.
     pub fn by_answer(&self, answer: &Value) -> Option<&str> {
         let id = member_id(answer)?;
-        self.members.iter().find(|member| member.id == id).map(|member| member.node.name())
+        self.members
+            .iter()
+            .find(|member| member.id == id)
+            .map(|member| member.node.name())
     }
 
     /// `etcdctl` on `node`, speaking to `endpoint`, without a command yet.
@@ -218,7 +257,11 @@ pub fn call(client: &Arc<ClientConfig>, target: SocketAddr, path: &str, body: &s
     let mut response = http::request(stream, "POST", path, &target.to_string(), body)?;
     let text = response.text()?;
     if response.status != 200 {
-        return Err(io::Error::other(format!("{path} was answered {}: {}", response.status, text.trim())));
+        return Err(io::Error::other(format!(
+            "{path} was answered {}: {}",
+            response.status,
+            text.trim()
+        )));
     }
     serde_json::from_str(&text).map_err(io::Error::other)
 }
@@ -236,7 +279,11 @@ pub fn base64(text: &str) -> String {
         let bits = chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
         for digit in 0..4 {
             let value = (bits >> (18 - 6 * digit)) & 63;
-            out.push(if digit <= chunk.len() { DIGITS[value as usize].into() } else { '=' });
+            out.push(if digit <= chunk.len() {
+                DIGITS[value as usize].into()
+            } else {
+                '='
+            });
         }
     }
     out
@@ -260,7 +307,14 @@ mod tests {
 
     #[test]
     fn rfc4648_section_10_examples() {
-        let examples = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")];
+        let examples = [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("foobar", "Zm9vYmFy"),
+        ];
         for (text, encoded) in examples {
             assert_eq!(base64(text), encoded);
         }

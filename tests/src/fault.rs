@@ -55,7 +55,10 @@ impl Node {
         for address in addresses {
             let family = if address.is_ipv4() { "ip" } else { "ip6" };
             for (side, end) in [("iifname", "daddr"), ("oifname", "saddr")] {
-                let _ = writeln!(rules, "{side} \"{port}\" {family} {end} {address} meta l4proto != ipv6-icmp {verdict}");
+                let _ = writeln!(
+                    rules,
+                    "{side} \"{port}\" {family} {end} {address} meta l4proto != ipv6-icmp {verdict}"
+                );
             }
         }
         let hub = Arc::clone(self.hub());

@@ -26,7 +26,13 @@ enum Body {
 /// # Errors
 ///
 /// What the stream says; `UnexpectedEof` if it ends before the answer, `InvalidData` if this is no HTTP.
-pub fn request<S: Read + Write>(mut stream: S, method: &str, path: &str, host: &str, body: &str) -> io::Result<Response<S>> {
+pub fn request<S: Read + Write>(
+    mut stream: S,
+    method: &str,
+    path: &str,
+    host: &str,
+    body: &str,
+) -> io::Result<Response<S>> {
     let request = format!(
         "{method} {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
@@ -35,12 +41,21 @@ pub fn request<S: Read + Write>(mut stream: S, method: &str, path: &str, host: &
     stream.flush()?;
     let mut buffer = Vec::new();
     let first = read_line(&mut stream, &mut buffer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    let status = first.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+    let status = first
+        .split(' ')
+        .nth(1)
+        .and_then(|code| code.parse().ok())
+        .ok_or(io::ErrorKind::InvalidData)?;
     let mut kind = Body::UntilEnd;
     loop {
         let line = read_line(&mut stream, &mut buffer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         if line.is_empty() {
-            return Ok(Response { status, stream, buffer, body: kind });
+            return Ok(Response {
+                status,
+                stream,
+                buffer,
+                body: kind,
+            });
         }
         let (name, value) = line.split_once(':').ok_or(io::ErrorKind::InvalidData)?;
         if name.eq_ignore_ascii_case("content-length") {
@@ -124,7 +139,10 @@ impl<S: Read> Read for Response<S> {
                 if count == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                self.body = Body::Chunked { left: left - count, last };
+                self.body = Body::Chunked {
+                    left: left - count,
+                    last,
+                };
                 Ok(count)
             }
         }

@@ -88,9 +88,17 @@ impl Lab {
         let dir = Dir(dir);
         let netns = make(&format!("{prefix}-hub"))?;
         // Without snooping, neighbour discovery works from the first packet; without IPv6 the bridge itself stays silent.
-        netns.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0\nlink set br0 addrgenmode none\nlink set br0 up")?;
+        netns.ip(
+            "link add br0 type bridge forward_delay 0 mcast_snooping 0\nlink set br0 addrgenmode none\nlink set br0 up",
+        )?;
         let hub = Arc::new(Hub { netns });
-        Ok(Self { nodes: Mutex::default(), hub, prefix, dir, _turn: lock })
+        Ok(Self {
+            nodes: Mutex::default(),
+            hub,
+            prefix,
+            dir,
+            _turn: lock,
+        })
     }
 
     /// The node `name`, made when first asked for, with the addresses `fd00::NUMBER` (the decimal digits as they are)
@@ -167,7 +175,9 @@ impl Node {
     /// Its IPv6 address.
     pub fn ip(&self) -> IpAddr {
         let text = format!("fd00::{}", self.0.number);
-        text.parse::<Ipv6Addr>().expect("decimal digits are hexadecimal digits").into()
+        text.parse::<Ipv6Addr>()
+            .expect("decimal digits are hexadecimal digits")
+            .into()
     }
 
     /// Its IPv4 address.
@@ -206,7 +216,11 @@ impl Node {
     ///
     /// If the program cannot be started.
     pub fn spawn(&self, name: &str, command: Command) -> Result<Process> {
-        Process::start(&format!("{name} on {}", self.0.name), command, &self.file(&format!("{name}.log")))
+        Process::start(
+            &format!("{name} on {}", self.0.name),
+            command,
+            &self.file(&format!("{name}.log")),
+        )
     }
 
     /// Runs `work` on a thread of its own on this node; threads and sockets made there belong to the node.
@@ -228,7 +242,11 @@ impl Node {
 impl Drop for Lab {
     fn drop(&mut self) {
         // Clones of a node may still be about (a thread that panicked); the namespaces go nevertheless.
-        let nodes = self.nodes.lock().map(|mut nodes| std::mem::take(&mut *nodes)).unwrap_or_default();
+        let nodes = self
+            .nodes
+            .lock()
+            .map(|mut nodes| std::mem::take(&mut *nodes))
+            .unwrap_or_default();
         for node in nodes.values() {
             netns::delete(node.0.netns.name());
         }
@@ -255,7 +273,11 @@ fn make(name: &str) -> Result<Netns> {
 
 fn lock_file(name: &str) -> Result<File> {
     let path = std::env::temp_dir().join(format!("edge-tests.{name}.lock"));
-    File::options().create(true).append(true).open(&path).with_context(|| path.display().to_string())
+    File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| path.display().to_string())
 }
 
 /// Removes what earlier runs left that died without a chance to clean up.
@@ -292,7 +314,9 @@ fn remove(pid: u32) {
 
 /// The directories of labs whose names start with `prefix`.
 fn labs_in_temp(prefix: &str) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return Vec::new();
+    };
     entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with(prefix))

@@ -14,7 +14,11 @@ use std::{
 
 use socket2::SockRef;
 
-use crate::{Node, backend::is_reset, tls::{read_line, read_some}};
+use crate::{
+    Node,
+    backend::is_reset,
+    tls::{read_line, read_some},
+};
 
 /// What one client does once it is connected; returns who served it.
 pub type Exchange = dyn Fn(TcpStream) -> io::Result<String> + Send + Sync;
@@ -85,22 +89,35 @@ impl Load {
             stop: Arc::clone(&stop),
             in_flight: Arc::clone(&in_flight),
             attempts: Arc::clone(&attempts),
-            client: Client { target, patience, exchange },
+            client: Client {
+                target,
+                patience,
+                exchange,
+            },
             gap: Duration::from_secs(1) / per_second,
         };
         let thread = node.enter(|| thread::spawn(move || pace.run()));
-        Self { stop, in_flight, attempts, thread: Some(thread) }
+        Self {
+            stop,
+            in_flight,
+            attempts,
+            thread: Some(thread),
+        }
     }
 
     /// A load of clients of [`crate::backend::Script::Echo`]: each reads the server's name, says a word and reads it
     /// again.
     pub fn of_echoes(node: &Node, target: SocketAddr, per_second: u32, patience: Duration) -> Self {
-        Self::start(node, target, per_second, patience, |stream| Ok(Session::begin(stream)?.server))
+        Self::start(node, target, per_second, patience, |stream| {
+            Ok(Session::begin(stream)?.server)
+        })
     }
 
     /// What has ended so far.
     pub fn so_far(&self) -> Report {
-        Report { attempts: self.attempts.lock().expect("no panic while it is held").clone() }
+        Report {
+            attempts: self.attempts.lock().expect("no panic while it is held").clone(),
+        }
     }
 
     /// Stops, waits for those in flight, and reports.
@@ -145,15 +162,21 @@ impl Pace {
     fn run(self) {
         let mut next = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
-            let (client, attempts, in_flight) =
-                (self.client.clone(), Arc::clone(&self.attempts), Arc::clone(&self.in_flight));
+            let (client, attempts, in_flight) = (
+                self.client.clone(),
+                Arc::clone(&self.attempts),
+                Arc::clone(&self.in_flight),
+            );
             in_flight.fetch_add(1, Ordering::AcqRel);
             let one = move || {
                 let attempt = client.attempt();
                 attempts.lock().expect("no panic while it is held").push(attempt);
                 in_flight.fetch_sub(1, Ordering::AcqRel);
             };
-            thread::Builder::new().stack_size(256 * 1024).spawn(one).expect("threads for a few hundred clients");
+            thread::Builder::new()
+                .stack_size(256 * 1024)
+                .spawn(one)
+                .expect("threads for a few hundred clients");
             next += self.gap;
             // A rate is a promise about time, so this is the one place that sleeps for a time; after a stall it
             // catches up at once.
@@ -165,7 +188,13 @@ impl Pace {
 impl Client {
     fn attempt(&self) -> Attempt {
         let at = Instant::now();
-        let mut attempt = Attempt { at, connected: None, took: Duration::ZERO, end: End::Refused, local: None };
+        let mut attempt = Attempt {
+            at,
+            connected: None,
+            took: Duration::ZERO,
+            end: End::Refused,
+            local: None,
+        };
         let result = TcpStream::connect_timeout(&self.target, self.patience).and_then(|stream| {
             attempt.connected = Some(at.elapsed());
             attempt.local = stream.local_addr().ok();
@@ -193,7 +222,10 @@ impl End {
 impl Report {
     /// How many ended well.
     pub fn served(&self) -> usize {
-        self.attempts.iter().filter(|attempt| matches!(attempt.end, End::Served(_))).count()
+        self.attempts
+            .iter()
+            .filter(|attempt| matches!(attempt.end, End::Served(_)))
+            .count()
     }
 
     /// How many were served by `server`.
@@ -208,19 +240,31 @@ impl Report {
 
     /// Those that did not end well.
     pub fn failures(&self) -> Vec<&Attempt> {
-        self.attempts.iter().filter(|attempt| !matches!(attempt.end, End::Served(_))).collect()
+        self.attempts
+            .iter()
+            .filter(|attempt| !matches!(attempt.end, End::Served(_)))
+            .collect()
     }
 
     /// Those that began from `from` until before `until`.
     #[must_use]
     pub fn between(&self, from: Instant, until: Instant) -> Self {
-        let chosen = self.attempts.iter().filter(|attempt| attempt.at >= from && attempt.at < until);
-        Self { attempts: chosen.cloned().collect() }
+        let chosen = self
+            .attempts
+            .iter()
+            .filter(|attempt| attempt.at >= from && attempt.at < until);
+        Self {
+            attempts: chosen.cloned().collect(),
+        }
     }
 
     /// The longest that one took.
     pub fn slowest(&self) -> Duration {
-        self.attempts.iter().map(|attempt| attempt.took).max().unwrap_or_default()
+        self.attempts
+            .iter()
+            .map(|attempt| attempt.took)
+            .max()
+            .unwrap_or_default()
     }
 
     /// The time that `share` (0 to 1) of them stayed within.
@@ -228,7 +272,10 @@ impl Report {
         let mut times: Vec<Duration> = self.attempts.iter().map(|attempt| attempt.took).collect();
         times.sort_unstable();
         let index = (times.len() as f64 * share) as usize;
-        times.get(index.min(times.len().saturating_sub(1))).copied().unwrap_or_default()
+        times
+            .get(index.min(times.len().saturating_sub(1)))
+            .copied()
+            .unwrap_or_default()
     }
 
     /// One line: how many, how they ended, how long they took.
@@ -272,7 +319,11 @@ impl Session {
     fn begin(mut stream: TcpStream) -> io::Result<Self> {
         let mut buffer = Vec::new();
         let server = read_line(&mut stream, &mut buffer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut session = Self { server, stream, serial: 0 };
+        let mut session = Self {
+            server,
+            stream,
+            serial: 0,
+        };
         session.echo()?;
         Ok(session)
     }
@@ -288,7 +339,11 @@ impl Session {
         self.stream.write_all(word.as_bytes())?;
         let mut answer = vec![0; word.len()];
         self.stream.read_exact(&mut answer)?;
-        if answer == word.as_bytes() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+        if answer == word.as_bytes() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::InvalidData.into())
+        }
     }
 
     /// The client's end.

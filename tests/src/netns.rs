@@ -32,10 +32,17 @@ impl Netns {
     pub fn create(name: &str) -> Result<Self> {
         run(Command::new("ip").args(["netns", "add", name]))?;
         let file = File::open(path(name)).with_context(|| format!("namespace {name}"))?;
-        let netns = Self { name: name.to_owned(), file };
+        let netns = Self {
+            name: name.to_owned(),
+            file,
+        };
         netns.enter(|| -> Result<()> {
             // Duplicate address detection would leave an address unusable for its first second.
-            for (key, value) in [("conf/all/accept_dad", "0"), ("conf/default/accept_dad", "0"), ("conf/default/accept_ra", "0")] {
+            for (key, value) in [
+                ("conf/all/accept_dad", "0"),
+                ("conf/default/accept_dad", "0"),
+                ("conf/default/accept_ra", "0"),
+            ] {
                 let file = format!("/proc/sys/net/ipv6/{key}");
                 fs::write(&file, value).with_context(|| file)?;
             }
@@ -78,7 +85,8 @@ impl Netns {
     /// Makes `command` run in the namespace.
     pub fn move_command(&self, command: &mut Command) {
         let file = self.file.try_clone().expect("a descriptor can be duplicated");
-        let enter = move || move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from);
+        let enter =
+            move || move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from);
         // SAFETY: between fork and exec, `enter` makes one system call (setns) on a descriptor it owns and touches
         // neither the heap nor a lock.
         unsafe { command.pre_exec(enter) };
@@ -116,12 +124,17 @@ pub(crate) fn delete(name: &str) {
         }
         thread::sleep(std::time::Duration::from_millis(2));
     }
-    let _ = Command::new("ip").args(["netns", "del", name]).stderr(Stdio::null()).status();
+    let _ = Command::new("ip")
+        .args(["netns", "del", name])
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// Names of the namespaces under `/run/netns` that start with `prefix`.
 pub(crate) fn list(prefix: &str) -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/run/netns") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/run/netns") else {
+        return Vec::new();
+    };
     entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with(prefix))
@@ -131,8 +144,12 @@ pub(crate) fn list(prefix: &str) -> Vec<String> {
 /// The processes whose main thread is in the namespace `name`, zombies excepted.
 fn processes(name: &str) -> Vec<Pid> {
     use std::os::unix::fs::MetadataExt;
-    let Ok(wanted) = fs::metadata(path(name)) else { return Vec::new() };
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(wanted) = fs::metadata(path(name)) else {
+        return Vec::new();
+    };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
         // A zombie has no namespace any more, so its link cannot be followed.
@@ -147,7 +164,10 @@ fn path(name: &str) -> PathBuf {
 
 /// Runs `command` to its end.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{command:?}"))?;
     if !output.status.success() {
         bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -165,6 +185,10 @@ fn feed(command: &mut Command, input: &str) -> Result<()> {
         .with_context(|| format!("{command:?}"))?;
     child.stdin.take().expect("piped above").write_all(input.as_bytes())?;
     let output = child.wait_with_output()?;
-    ensure!(output.status.success(), "{command:?}: {}\n{input}", String::from_utf8_lossy(&output.stderr).trim());
+    ensure!(
+        output.status.success(),
+        "{command:?}: {}\n{input}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(())
 }

@@ -31,11 +31,21 @@ impl Process {
     ///
     /// If the program cannot be started or the log not be written.
     pub fn start(name: &str, mut command: Command, log: &Path) -> Result<Self> {
-        let out = File::options().create(true).append(true).open(log).with_context(|| log.display().to_string())?;
+        let out = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| log.display().to_string())?;
         command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
         let program = command.get_program().to_string_lossy().into_owned();
-        let child = command.spawn().with_context(|| format!("starting {program} as {name}"))?;
-        Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {program} as {name}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            log: log.to_owned(),
+        })
     }
 
     /// Its process id.
@@ -45,7 +55,9 @@ impl Process {
 
     /// What it has written so far.
     pub fn log(&self) -> String {
-        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        fs::read(&self.log)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
     /// Whether it still runs.
@@ -78,8 +90,10 @@ impl Process {
     ///
     /// If it still runs after `within`.
     pub fn wait(&mut self, within: Duration) -> Result<ExitStatus> {
-        wait_for(&format!("{} ends", self.name), within, || self.child.try_wait().ok().flatten())
-            .with_context(|| tail(&self.log(), 20))
+        wait_for(&format!("{} ends", self.name), within, || {
+            self.child.try_wait().ok().flatten()
+        })
+        .with_context(|| tail(&self.log(), 20))
     }
 
     /// Asks it to end (SIGTERM) and waits; kills it if it does not.
@@ -101,7 +115,12 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
         if thread::panicking() {
-            eprintln!("--- {} ({}), its last words:\n{}", self.name, self.log.display(), tail(&self.log(), 25));
+            eprintln!(
+                "--- {} ({}), its last words:\n{}",
+                self.name,
+                self.log.display(),
+                tail(&self.log(), 25)
+            );
         }
     }
 }
@@ -124,15 +143,22 @@ pub fn connections(pid: u32) -> Result<Vec<(SocketAddr, SocketAddr)>> {
     let mut inodes = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("process {pid}"))? {
         // A descriptor that was closed meanwhile has no link any more.
-        let Ok(link) = fs::read_link(entry?.path()) else { continue };
-        inodes.extend(link.to_str().and_then(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())));
+        let Ok(link) = fs::read_link(entry?.path()) else {
+            continue;
+        };
+        inodes.extend(
+            link.to_str()
+                .and_then(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())),
+        );
     }
     let mut found = Vec::new();
     for table in ["tcp", "tcp6"] {
         // The table of the namespace that the process is in.
         for line in fs::read_to_string(format!("/proc/{pid}/net/{table}"))?.lines().skip(1) {
             let fields: Vec<&str> = line.split_whitespace().collect();
-            let [_, local, remote, state, ..] = fields[..] else { continue };
+            let [_, local, remote, state, ..] = fields[..] else {
+                continue;
+            };
             if state == "01"
                 && fields.get(9).is_some_and(|inode| inodes.contains(*inode))
                 && let (Some(local), Some(remote)) = (socket_address(local), socket_address(remote))
@@ -170,7 +196,10 @@ pub fn ending(status: ExitStatus) -> String {
 }
 
 fn raw(pid: u32) -> Pid {
-    i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id is positive")
+    i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .expect("a process id is positive")
 }
 
 /// The last `lines` lines of `text`.

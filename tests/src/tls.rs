@@ -11,7 +11,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
 };
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned,
@@ -59,9 +60,17 @@ impl Ca {
         let mut params = CertificateParams::new(Vec::new())?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::CrlSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
         let cert = params.self_signed(&key)?;
-        Ok(Self { pem: cert.pem(), der: cert.der().clone(), issuer: Issuer::new(params, key) })
+        Ok(Self {
+            pem: cert.pem(),
+            der: cert.der().clone(),
+            issuer: Issuer::new(params, key),
+        })
     }
 
     /// A certificate of `name`, valid for `addresses` and `names`; `group` becomes its organization.
@@ -72,7 +81,9 @@ impl Ca {
     pub fn issue(&self, name: &str, group: Option<&str>, addresses: &[IpAddr], names: &[&str]) -> Result<Identity> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
-        params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
+        params
+            .subject_alt_names
+            .extend(addresses.iter().copied().map(SanType::IpAddress));
         params.distinguished_name.push(DnType::CommonName, name);
         if let Some(group) = group {
             params.distinguished_name.push(DnType::OrganizationName, group);
@@ -128,9 +139,17 @@ impl Identity {
     /// If a file cannot be written.
     pub fn write(&self, stem: &Path) -> Result<Files> {
         use std::os::unix::fs::OpenOptionsExt;
-        let files = Files { cert: stem.with_extension("crt"), key: stem.with_extension("key") };
+        let files = Files {
+            cert: stem.with_extension("crt"),
+            key: stem.with_extension("key"),
+        };
         fs::write(&files.cert, &self.cert_pem).with_context(|| files.cert.display().to_string())?;
-        let mut key = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&files.key)?;
+        let mut key = fs::File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&files.key)?;
         key.write_all(self.key_pem.as_bytes())?;
         Ok(files)
     }

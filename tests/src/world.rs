@@ -48,7 +48,9 @@ impl World {
         Ok(Self {
             client: lab.node("client", 2)?,
             edge: lab.node("edge", 10)?,
-            cp: (1..=control_planes).map(|n| lab.node(&format!("cp{n}"), 10 + n)).collect::<Result<_>>()?,
+            cp: (1..=control_planes)
+                .map(|n| lab.node(&format!("cp{n}"), 10 + n))
+                .collect::<Result<_>>()?,
             lab,
         })
     }
@@ -78,13 +80,17 @@ impl World {
     ///
     /// If a port is taken.
     pub fn echoes(&self) -> Result<Vec<Backend>> {
-        (0..self.cp.len()).map(|index| self.backend(index, Script::Echo)).collect()
+        (0..self.cp.len())
+            .map(|index| self.backend(index, Script::Echo))
+            .collect()
     }
 
     /// A configuration with one frontend, `api`, for all control planes; `keys` are further lines of the frontend, and
     /// may go on with tables below it.
     pub fn config(&self, keys: &str) -> String {
-        let backends: Vec<String> = (0..self.cp.len()).map(|index| format!("\"{}\"", self.back(index))).collect();
+        let backends: Vec<String> = (0..self.cp.len())
+            .map(|index| format!("\"{}\"", self.back(index)))
+            .collect();
         format!(
             "version = 1\n\n[[lb.frontend]]\nname = \"api\"\nlisten = [\"{}\", \"{}\"]\nbackends = [{}]\n{keys}\n",
             self.front(),

@@ -4,12 +4,7 @@
 //! edge: edged, which must not start; and edged that runs, which must not change
 //! ```
 
-use std::{
-    fs,
-    net::TcpListener,
-    os::unix::fs::PermissionsExt,
-    path::PathBuf,
-};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tests::{
@@ -57,7 +52,12 @@ fn a_faulty_file_that_is_applied_is_refused_in_the_same_words_and_nothing_change
         let config = faulty(&good, &case)?;
         let said = edge.apply(&config)?;
         complains(&case, &config, &said).with_context(|| format!("{} applied: {said}\n{config}", case.name))?;
-        assert_eq!(edge.json(&["config", "show"])?, before, "{} changed something", case.name);
+        assert_eq!(
+            edge.json(&["config", "show"])?,
+            before,
+            "{} changed something",
+            case.name
+        );
         tests::load::Session::open(&world.client, world.front(), std::time::Duration::from_secs(2))?;
     }
     Ok(())
@@ -68,7 +68,11 @@ fn a_file_that_is_not_there_is_named_with_what_to_do() -> Result<()> {
     let world = World::new(1)?;
     let missing = world.edge.file("missing.toml");
     let mut command = world.edge.command(tests::edge::program("edged")?);
-    command.arg("--config").arg(&missing).arg("--state").arg(world.edge.file("state"));
+    command
+        .arg("--config")
+        .arg(&missing)
+        .arg("--state")
+        .arg(world.edge.file("state"));
     let said = tests::edge::say(&mut command, std::time::Duration::from_secs(10))?;
     assert_eq!(said.code, Some(2), "{said}");
     assert!(said.err.contains(&missing.display().to_string()), "{said}");
@@ -87,7 +91,10 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
     };
     let api = "kind = \"api\"";
     let check = |file: &PathBuf| {
-        format!("{api}\n[lb.frontend.health]\nactive = {{ kind = \"https\", ca_file = \"{}\" }}", file.display())
+        format!(
+            "{api}\n[lb.frontend.health]\nactive = {{ kind = \"https\", ca_file = \"{}\" }}",
+            file.display()
+        )
     };
     let token = |file: &PathBuf| format!("{api}\n[control]\nmetrics_token_file = \"{}\"", file.display());
     let quoted = |file: &PathBuf| format!("\"{}\"", file.display());
@@ -95,8 +102,20 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
         case("a syntax error", "name = \"api\"", "name = \"api", "name = \"api", &[]),
         case("an unknown key", "name = ", "naem = ", "naem", &["naem", "name"]),
         case("an unknown kind", api, "kind = \"apu\"", "\"apu\"", &["apu", "api"]),
-        case("a bad address", &listen, "\"fd00::10:6443x\"", "\"fd00::10:6443x\"", &["fd00::10:6443x"]),
-        case("a port in use", &listen, "\"[fd00::10]:7000\"", "\"[fd00::10]:7000\"", &["[fd00::10]:7000", "in use"]),
+        case(
+            "a bad address",
+            &listen,
+            "\"fd00::10:6443x\"",
+            "\"fd00::10:6443x\"",
+            &["fd00::10:6443x"],
+        ),
+        case(
+            "a port in use",
+            &listen,
+            "\"[fd00::10]:7000\"",
+            "\"[fd00::10]:7000\"",
+            &["[fd00::10]:7000", "in use"],
+        ),
         case(
             "a listener twice",
             &listen,
@@ -104,12 +123,48 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
             "\"[fd00::10]:6443\"",
             &["[fd00::10]:6443", "already"],
         ),
-        case("no backends", &backends, "backends = []", "[]", &["no backends", "add backends"]),
-        case("a backend without a port", &backends, "backends = [\"fd00::11\"]", "\"fd00::11\"", &["no port", "[fd00::11]:6443"]),
-        case("a CA that is not there", api, &check(&secrets.missing), &quoted(&secrets.missing), &["No such file"]),
-        case("a CA that is none", api, &check(&secrets.garbage), &quoted(&secrets.garbage), &["PEM"]),
-        case("a secret that all can read", api, &token(&secrets.open), &quoted(&secrets.open), &["0644", "chmod 0600"]),
-        case("a secret that is not there", api, &token(&secrets.missing), &quoted(&secrets.missing), &["No such file"]),
+        case(
+            "no backends",
+            &backends,
+            "backends = []",
+            "[]",
+            &["no backends", "add backends"],
+        ),
+        case(
+            "a backend without a port",
+            &backends,
+            "backends = [\"fd00::11\"]",
+            "\"fd00::11\"",
+            &["no port", "[fd00::11]:6443"],
+        ),
+        case(
+            "a CA that is not there",
+            api,
+            &check(&secrets.missing),
+            &quoted(&secrets.missing),
+            &["No such file"],
+        ),
+        case(
+            "a CA that is none",
+            api,
+            &check(&secrets.garbage),
+            &quoted(&secrets.garbage),
+            &["PEM"],
+        ),
+        case(
+            "a secret that all can read",
+            api,
+            &token(&secrets.open),
+            &quoted(&secrets.open),
+            &["0644", "chmod 0600"],
+        ),
+        case(
+            "a secret that is not there",
+            api,
+            &token(&secrets.missing),
+            &quoted(&secrets.missing),
+            &["No such file"],
+        ),
     ]
 }
 
@@ -148,13 +203,22 @@ fn complains(case: &Case, config: &str, said: &Said) -> Result<()> {
         .map(|(at, _)| {
             let before = &config[..at];
             let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-            format!(".toml:{}:{}", before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+            format!(
+                ".toml:{}:{}",
+                before.matches('\n').count() + 1,
+                before[line_start..].chars().count() + 1
+            )
         })
         .collect();
     let points = places.iter().any(|place| text.contains(place));
     // A syntax error is noticed where the text stops making sense, which is behind where it began.
-    let line_only = places.iter().any(|place| text.contains(&place[..=place.rfind(':').unwrap_or(0)]));
-    ensure!(points || (case.says.is_empty() && line_only), "none of {places:?} is named");
+    let line_only = places
+        .iter()
+        .any(|place| text.contains(&place[..=place.rfind(':').unwrap_or(0)]));
+    ensure!(
+        points || (case.says.is_empty() && line_only),
+        "none of {places:?} is named"
+    );
     for word in &case.says {
         ensure!(text.contains(word), "\"{word}\" is not said");
     }

@@ -29,10 +29,16 @@ fn an_answer_after_the_clients_end_arrives_whole() -> Result<()> {
     let backend = world.backend(0, Script::AnswerAtEnd)?;
     // One byte, a segment, a buffer, and more than the kernel holds, so that the relay has to wait for both sides.
     for length in [0, 1, 1448, 65_536, 20_000_003] {
-        let bytes: Vec<u8> = (0..length as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let bytes: Vec<u8> = (0..length as u32)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
         let mut stream = connect(&world)?;
         let answer = send_and_finish(&mut stream, &bytes)?;
-        ensure!(answer == bytes, "{} bytes came back of {length}, or others", answer.len());
+        ensure!(
+            answer == bytes,
+            "{} bytes came back of {length}, or others",
+            answer.len()
+        );
     }
     wait_until("every session has ended", PATIENCE, || backend.live() == 0)?;
     Ok(())
@@ -55,7 +61,10 @@ fn a_server_that_is_done_first_is_heard_to_the_end() -> Result<()> {
 #[test]
 fn a_half_closed_session_that_stays_silent_is_cut_after_half_close_timeout() -> Result<()> {
     let world = World::new(1)?;
-    let _edge = Edge::start(&world.edge, &world.config("kind = \"tcp\"\nhalf_close_timeout = \"2s\""))?;
+    let _edge = Edge::start(
+        &world.edge,
+        &world.config("kind = \"tcp\"\nhalf_close_timeout = \"2s\""),
+    )?;
     let backend = world.backend(0, Script::Mute)?;
     let mut stream = connect(&world)?;
     stream.write_all(b"anybody there?")?;
@@ -69,7 +78,10 @@ fn a_half_closed_session_that_stays_silent_is_cut_after_half_close_timeout() -> 
     let cut = read_some(&mut stream, &mut [0; 1]);
     let took = begin.elapsed();
     ensure!(matches!(cut, Ok(0) | Err(_)), "{cut:?}");
-    ensure!((Duration::from_millis(1900)..Duration::from_millis(3300)).contains(&took), "cut after {took:?}");
+    ensure!(
+        (Duration::from_millis(1900)..Duration::from_millis(3300)).contains(&took),
+        "cut after {took:?}"
+    );
     wait_until("the backend's session ends", PATIENCE, || backend.live() == 0)?;
     Ok(())
 }
@@ -77,7 +89,10 @@ fn a_half_closed_session_that_stays_silent_is_cut_after_half_close_timeout() -> 
 #[test]
 fn a_slow_reader_gets_every_byte_after_the_server_has_closed() -> Result<()> {
     let world = World::new(1)?;
-    let _edge = Edge::start(&world.edge, &world.config("kind = \"tcp\"\nhalf_close_timeout = \"1s\""))?;
+    let _edge = Edge::start(
+        &world.edge,
+        &world.config("kind = \"tcp\"\nhalf_close_timeout = \"1s\""),
+    )?;
     let _backend = world.backend(0, Script::AnswerAtEnd)?;
     let bytes = vec![7; 30_000_000];
     let mut stream = connect(&world)?;
@@ -100,7 +115,9 @@ fn a_slow_reader_gets_every_byte_after_the_server_has_closed() -> Result<()> {
 }
 
 fn connect(world: &World) -> Result<TcpStream> {
-    let stream = world.client.enter(|| TcpStream::connect_timeout(&world.front(), PATIENCE))?;
+    let stream = world
+        .client
+        .enter(|| TcpStream::connect_timeout(&world.front(), PATIENCE))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     stream.set_write_timeout(Some(Duration::from_secs(20)))?;
     Ok(stream)

@@ -35,7 +35,10 @@ fn a_black_hole_swallows_both_ways_and_only_for_its_node() -> Result<()> {
     let error = Session::open(&client, backend.address(), PATIENCE).expect_err("nothing comes through");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert!(begin.elapsed() >= PATIENCE);
-    assert_eq!(session.echo().expect_err("nothing comes through").kind(), ErrorKind::WouldBlock);
+    assert_eq!(
+        session.echo().expect_err("nothing comes through").kind(),
+        ErrorKind::WouldBlock
+    );
     Session::open(&other, backend.address(), PATIENCE)?;
     hole.heal();
     Session::open(&client, backend.address(), PATIENCE)?;
@@ -50,12 +53,19 @@ fn loss_is_near_what_was_asked_for_each_way() -> Result<()> {
     let (mut sent, mut received) = (client.capture("tcp")?, server.capture("tcp")?);
     let _loss = client.lose(30, &[server.ip()])?;
     let load = Load::of_echoes(&client, backend.address(), 200, Duration::from_millis(800));
-    wait_until("300 clients began", Duration::from_secs(10), || backend.accepted().len() > 300)?;
+    wait_until("300 clients began", Duration::from_secs(10), || {
+        backend.accepted().len() > 300
+    })?;
     load.stop();
     let (sent, received) = (sent.so_far()?, received.so_far()?);
     for (from, to) in [(client.ip(), server.ip()), (server.ip(), client.ip())] {
-        let count = |trace: &tests::capture::Trace| trace.filter(|packet| packet.from.ip() == from).packets.len() as f64;
-        let lost = if to == server.ip() { 1.0 - count(&received) / count(&sent) } else { 1.0 - count(&sent) / count(&received) };
+        let count =
+            |trace: &tests::capture::Trace| trace.filter(|packet| packet.from.ip() == from).packets.len() as f64;
+        let lost = if to == server.ip() {
+            1.0 - count(&received) / count(&sent)
+        } else {
+            1.0 - count(&sent) / count(&received)
+        };
         assert!((0.2..0.4).contains(&lost), "{from} to {to}: {lost:.2} lost");
     }
     Ok(())
@@ -67,7 +77,9 @@ fn a_capture_tells_refused_accepted_and_reset_apart() -> Result<()> {
     let (client, server) = (lab.node("client", 2)?, lab.node("server", 11)?);
     let capture = client.capture(&format!("tcp port {PORT}"))?;
     let before = SystemTime::now();
-    let refused = client.enter(|| TcpStream::connect(server.at(PORT))).expect_err("nobody listens");
+    let refused = client
+        .enter(|| TcpStream::connect(server.at(PORT)))
+        .expect_err("nobody listens");
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     let backend = Backend::start(&server, PORT, Script::Echo)?;
     let mut session = Session::open(&client, backend.address(), PATIENCE)?;
@@ -118,7 +130,10 @@ fn three_etcd_members_serve_and_one_may_die() -> Result<()> {
     let victim = (leader + 1) % 3;
     etcd.members[victim].kill();
     let target = etcd.members[leader].node.at(tests::etcd::CLIENT_PORT);
-    let put = tests::edge::say(etcd.etcdctl(&client, target).args(["put", "a", "1"]), Duration::from_secs(10))?;
+    let put = tests::edge::say(
+        etcd.etcdctl(&client, target).args(["put", "a", "1"]),
+        Duration::from_secs(10),
+    )?;
     ensure!(put.code == Some(0), "{put}");
     etcd.members[victim].start()?;
     etcd.wait_until_serving(victim)

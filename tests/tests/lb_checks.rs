@@ -28,16 +28,29 @@ fn answers_of_200_and_401_are_healthy_and_500_keeps_sessions_but_gets_none() -> 
     let cluster = Cluster::start()?;
     let first = cluster.world.back(0);
     let mut session = cluster.session_on("cp1")?;
-    for (status, state) in [(401, "healthy"), (500, "not-ready"), (200, "healthy"), (503, "not-ready"), (403, "healthy")] {
+    for (status, state) in [
+        (401, "healthy"),
+        (500, "not-ready"),
+        (200, "healthy"),
+        (503, "not-ready"),
+        (403, "healthy"),
+    ] {
         cluster.readyz.set(status);
         cluster.edge.wait_for_state(first, state, PATIENCE)?;
         // Two more checks must not change it.
         let checks = cluster.backends[0].accepted().len();
-        wait_until("two more checks", PATIENCE, || cluster.backends[0].accepted().len() >= checks + 2)?;
+        wait_until("two more checks", PATIENCE, || {
+            cluster.backends[0].accepted().len() >= checks + 2
+        })?;
         ensure!(cluster.edge.state(first)? == state, "{status} does not stay {state}");
-        session = ask(session).with_context(|| format!("a session on a backend that answers {status}"))?.0;
+        session = ask(session)
+            .with_context(|| format!("a session on a backend that answers {status}"))?
+            .0;
         let servers = cluster.servers(8)?;
-        ensure!(servers.iter().any(|server| server == "cp1") == (state == "healthy"), "{status}: {servers:?}");
+        ensure!(
+            servers.iter().any(|server| server == "cp1") == (state == "healthy"),
+            "{status}: {servers:?}"
+        );
     }
     Ok(())
 }
@@ -56,7 +69,9 @@ fn a_backend_that_hangs_is_down_and_its_sessions_are_reset() -> Result<()> {
         ensure!(begin.elapsed() < Duration::from_secs(1), "after {:?}", begin.elapsed());
         assert_eq!(cluster.servers(6)?, ["cp2"; 6]);
         cluster.readyz.set(200);
-        cluster.edge.wait_for_state(cluster.world.back(0), "healthy", PATIENCE)?;
+        cluster
+            .edge
+            .wait_for_state(cluster.world.back(0), "healthy", PATIENCE)?;
     }
     Ok(())
 }
@@ -68,10 +83,18 @@ fn a_backend_with_a_certificate_of_another_authority_is_down() -> Result<()> {
     let stranger = Ca::new("stranger")?;
     let identity = stranger.issue("cp1", None, &[cluster.world.cp[0].ip()], &[])?;
     cluster.backends.remove(0);
-    let _impostor = cluster.world.backend(0, Script::Https(identity.server()?, Readyz::new(200)))?;
+    let _impostor = cluster
+        .world
+        .backend(0, Script::Https(identity.server()?, Readyz::new(200)))?;
     cluster.edge.wait_for_state(first, "down", PATIENCE)?;
-    let reason = cluster.edge.backend(first)?["reason"].as_str().unwrap_or_default().to_lowercase();
-    ensure!(reason.contains("certificate"), "the reason says what is wrong: {reason}");
+    let reason = cluster.edge.backend(first)?["reason"]
+        .as_str()
+        .unwrap_or_default()
+        .to_lowercase();
+    ensure!(
+        reason.contains("certificate"),
+        "the reason says what is wrong: {reason}"
+    );
     assert_eq!(cluster.servers(6)?, ["cp2"; 6]);
     Ok(())
 }
@@ -82,7 +105,9 @@ fn a_tcp_check_finds_out_without_a_client() -> Result<()> {
     let mut backends = world.echoes()?;
     let check = "kind = \"api\"\n[lb.frontend.health]\nactive = { kind = \"tcp\", interval = \"100ms\", timeout = \"300ms\", rise = 2, fall = 3 }";
     let edge = Edge::start(&world.edge, &world.config(check))?;
-    wait_until("five checks were accepted", PATIENCE, || backends[0].accepted().len() >= 5)?;
+    wait_until("five checks were accepted", PATIENCE, || {
+        backends[0].accepted().len() >= 5
+    })?;
     assert_eq!(edge.state(world.back(0))?, "healthy");
     drop(backends.remove(0));
     let down = edge.wait_for_state(world.back(0), "down", PATIENCE)?;
@@ -91,7 +116,10 @@ fn a_tcp_check_finds_out_without_a_client() -> Result<()> {
     let up = edge.wait_for_state(world.back(0), "healthy", PATIENCE)?;
     println!("down after {down:?}, up after {up:?}");
     // Three checks 100 ms apart, spread by 20 %; two to come up.
-    assert!(down < Duration::from_millis(900) && up < Duration::from_millis(700), "down {down:?}, up {up:?}");
+    assert!(
+        down < Duration::from_millis(900) && up < Duration::from_millis(700),
+        "down {down:?}, up {up:?}"
+    );
     Ok(())
 }
 
@@ -123,7 +151,13 @@ impl Cluster {
             ca_file.display()
         );
         let edge = Edge::start(&world.edge, &world.config(&keys))?;
-        let cluster = Self { backends, readyz, edge, client: ca.client(None)?, world };
+        let cluster = Self {
+            backends,
+            readyz,
+            edge,
+            client: ca.client(None)?,
+            world,
+        };
         for backend in &cluster.backends {
             let checked = || backend.accepted().len() >= 3;
             wait_until("three checks were made", PATIENCE, checked)?;
@@ -155,7 +189,9 @@ impl Cluster {
     }
 
     fn connect(&self) -> io::Result<TlsStream> {
-        self.world.client.enter(|| tls::connect(self.world.front(), &self.client, PATIENCE))
+        self.world
+            .client
+            .enter(|| tls::connect(self.world.front(), &self.client, PATIENCE))
     }
 }
 
@@ -165,4 +201,3 @@ fn ask(stream: TlsStream) -> io::Result<(TlsStream, String)> {
     let name = response.text()?;
     Ok((response.into_stream(), name))
 }
-

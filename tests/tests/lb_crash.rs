@@ -28,19 +28,27 @@ fn killing_the_balancer_twenty_times_refuses_nobody() -> Result<()> {
     let supervisor = edge.pid();
     for round in 0..20 {
         let served = load.so_far().served();
-        wait_until("100 more were served", PATIENCE, || load.so_far().served() >= served + 100)?;
+        wait_until("100 more were served", PATIENCE, || {
+            load.so_far().served() >= served + 100
+        })?;
         let before = edge.worker("lb")?;
         let begin = Instant::now();
         process::signal(before, Signal::KILL)?;
-        edge.wait_for_new_worker("lb", before, PATIENCE).with_context(|| format!("kill {round}"))?;
+        edge.wait_for_new_worker("lb", before, PATIENCE)
+            .with_context(|| format!("kill {round}"))?;
         outages.push(begin.elapsed());
     }
     let served = load.so_far().served();
-    wait_until("100 more were served", PATIENCE, || load.so_far().served() >= served + 100)?;
+    wait_until("100 more were served", PATIENCE, || {
+        load.so_far().served() >= served + 100
+    })?;
     let report = load.stop();
     outages.sort_unstable();
     println!("{}", report.summary());
-    println!("the worker was back after {:?} (median), {:?} (slowest)", outages[10], outages[19]);
+    println!(
+        "the worker was back after {:?} (median), {:?} (slowest)",
+        outages[10], outages[19]
+    );
     assert_eq!(edge.pid(), supervisor);
     assert_eq!(report.count(&End::Refused), 0, "{}", report.summary());
     assert_eq!(report.count(&End::TimedOut), 0, "{}", report.summary());

@@ -22,8 +22,9 @@ fn a_drained_backend_keeps_its_sessions_and_gets_no_others_even_after_a_restart(
     let world = World::new(3)?;
     let edge = Edge::start(&world.edge, &world.config("kind = \"api\""))?;
     let backends = world.echoes()?;
-    let mut sessions: Vec<Session> =
-        (0..9).map(|_| Session::open(&world.client, world.front(), PATIENCE)).collect::<Result<_, _>>()?;
+    let mut sessions: Vec<Session> = (0..9)
+        .map(|_| Session::open(&world.client, world.front(), PATIENCE))
+        .collect::<Result<_, _>>()?;
     assert_eq!(backends[0].live(), 3, "the fewest sessions: three each");
     let address = world.back(0).to_string();
 
@@ -32,7 +33,11 @@ fn a_drained_backend_keeps_its_sessions_and_gets_no_others_even_after_a_restart(
     assert_eq!(edge.state(&address)?, "drained");
     let before = backends[0].accepted().len();
     no_errors(&world, 60)?;
-    assert_eq!(backends[0].accepted().len(), before, "a drained backend gets no new session");
+    assert_eq!(
+        backends[0].accepted().len(),
+        before,
+        "a drained backend gets no new session"
+    );
     for session in &mut sessions {
         session.echo()?;
     }
@@ -47,7 +52,10 @@ fn a_drained_backend_keeps_its_sessions_and_gets_no_others_even_after_a_restart(
     ensure!(undrain.code == Some(0), "{undrain}");
     assert_eq!(edge.state(&address)?, "healthy");
     no_errors(&world, 60)?;
-    assert!(backends[0].accepted().len() > before, "an undrained backend gets sessions again");
+    assert!(
+        backends[0].accepted().len() > before,
+        "an undrained backend gets sessions again"
+    );
     Ok(())
 }
 
@@ -65,7 +73,9 @@ fn draining_what_is_not_there_is_refused_with_what_is() -> Result<()> {
 
 fn no_errors(world: &World, clients: usize) -> Result<()> {
     let load = Load::of_echoes(&world.client, world.front(), 100, PATIENCE);
-    wait_until("the clients are done", PATIENCE, || load.so_far().attempts.len() >= clients)?;
+    wait_until("the clients are done", PATIENCE, || {
+        load.so_far().attempts.len() >= clients
+    })?;
     let report = load.stop();
     ensure!(report.failures().is_empty(), "{}", report.summary());
     Ok(())

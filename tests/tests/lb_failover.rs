@@ -22,7 +22,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// What a busy machine may add to a time that the kernel's clock decides.
 const SLACK: Duration = Duration::from_millis(400);
 const PATIENCE: Duration = Duration::from_secs(8);
-const KEYS: &str = "kind = \"api\"\nconnect_timeout = \"1s\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"4s\"\n";
+const KEYS: &str =
+    "kind = \"api\"\nconnect_timeout = \"1s\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"4s\"\n";
 
 #[test]
 fn a_backend_that_refuses_costs_no_client_an_error() -> Result<()> {
@@ -50,7 +51,9 @@ fn a_backend_in_a_black_hole_costs_a_client_one_connect_timeout_at_most() -> Res
     edge.wait_for_state(world.back(0), "banned", PATIENCE)?;
     let banned = Instant::now();
     let sent = load.so_far().attempts.len();
-    wait_until("50 more are done", PATIENCE, || load.so_far().attempts.len() > sent + 50)?;
+    wait_until("50 more are done", PATIENCE, || {
+        load.so_far().attempts.len() > sent + 50
+    })?;
     hole.heal();
     let served = load.so_far().served_by("cp1");
     wait_until("cp1 serves again", PATIENCE, || load.so_far().served_by("cp1") > served)?;
@@ -68,7 +71,10 @@ fn a_backend_in_a_black_hole_costs_a_client_one_connect_timeout_at_most() -> Res
 fn sessions_of_a_backend_that_goes_down_are_reset_within_a_second() -> Result<()> {
     let world = World::new(3)?;
     // Not by the fewest sessions: the backend that holds most of them would be asked for no other, and found out late.
-    let edge = Edge::start(&world.edge, &world.config(&format!("balance = \"round-robin\"\n{KEYS}")))?;
+    let edge = Edge::start(
+        &world.edge,
+        &world.config(&format!("balance = \"round-robin\"\n{KEYS}")),
+    )?;
     let mut backends = world.echoes()?;
     let mut sessions = sessions_on(&world, "cp1", 10)?;
     let mut others = sessions_on(&world, "cp2", 3)?;
@@ -100,7 +106,9 @@ fn with_every_backend_refusing_the_client_is_reset_at_once() -> Result<()> {
     // And as soon as one is back, it serves.
     let _back = world.backend(1, Script::Echo)?;
     let begin = Instant::now();
-    wait_until("cp2 serves", PATIENCE, || Session::open(&world.client, world.front(), PATIENCE).is_ok())?;
+    wait_until("cp2 serves", PATIENCE, || {
+        Session::open(&world.client, world.front(), PATIENCE).is_ok()
+    })?;
     assert!(begin.elapsed() < Duration::from_secs(1), "after {:?}", begin.elapsed());
     Ok(())
 }
@@ -110,7 +118,9 @@ fn with_every_backend_in_a_black_hole_the_client_is_reset_and_does_not_hang() ->
     let world = World::new(3)?;
     let _edge = Edge::start(&world.edge, &world.config(KEYS))?;
     let _backends = world.echoes()?;
-    let _hole = world.edge.blackhole(&[world.cp[0].ip(), world.cp[1].ip(), world.cp[2].ip()])?;
+    let _hole = world
+        .edge
+        .blackhole(&[world.cp[0].ip(), world.cp[1].ip(), world.cp[2].ip()])?;
     let report = until_done(Load::of_echoes(&world.client, world.front(), 10, PATIENCE), 30)?;
     println!("{}", report.summary());
     assert_eq!(report.count(&End::Reset), report.attempts.len(), "{}", report.summary());
@@ -140,7 +150,9 @@ fn a_ban_comes_after_max_fails_and_ends_with_one_probe_at_a_time() -> Result<()>
     let connects = |trace: &Trace| trace.connects(world.edge.ip(), world.back(0));
     // One after the other, so that what is in flight together does not blur the count.
     let knock = || Session::open(&world.client, world.front(), PATIENCE);
-    wait_until("it is banned", PATIENCE, || knock().is_ok() && edge.state(world.back(0)).is_ok_and(|s| s == "banned"))?;
+    wait_until("it is banned", PATIENCE, || {
+        knock().is_ok() && edge.state(world.back(0)).is_ok_and(|s| s == "banned")
+    })?;
     let before = connects(&capture.so_far()?);
     assert_eq!(before.len(), 2, "max_fails is 2: {before:?}");
     // Many at once: still one probe when the ban has run out.
@@ -153,7 +165,10 @@ fn a_ban_comes_after_max_fails_and_ends_with_one_probe_at_a_time() -> Result<()>
     assert!(flows.iter().all(|flow| flow.syns == 1 && flow.refused()), "{flows:?}");
     for pair in flows[1..].windows(2) {
         let gap = pair[1].opened.duration_since(pair[0].opened)?;
-        assert!(gap >= Duration::from_millis(1950), "a probe {gap:?} after the one before; begun {begin:?}");
+        assert!(
+            gap >= Duration::from_millis(1950),
+            "a probe {gap:?} after the one before; begun {begin:?}"
+        );
     }
     // And a probe that is answered brings it back.
     let back = world.backend(0, Script::Echo)?;
@@ -169,13 +184,19 @@ fn sessions_on(world: &World, server: &str, count: usize) -> Result<Vec<Session>
     let (mut wanted, mut others) = (Vec::new(), Vec::new());
     while wanted.len() < count {
         let session = Session::open(&world.client, world.front(), PATIENCE)?;
-        if session.server == server { wanted.push(session) } else { others.push(session) }
+        if session.server == server {
+            wanted.push(session)
+        } else {
+            others.push(session)
+        }
         ensure!(others.len() < 50 * count, "{server} serves nobody");
     }
     Ok(wanted)
 }
 
 fn until_done(load: Load, count: usize) -> Result<tests::load::Report> {
-    wait_until(&format!("{count} clients are done"), Duration::from_secs(15), || load.so_far().attempts.len() >= count)?;
+    wait_until(&format!("{count} clients are done"), Duration::from_secs(15), || {
+        load.so_far().attempts.len() >= count
+    })?;
     Ok(load.stop())
 }

@@ -64,7 +64,9 @@ fn a_quiet_session_of_a_live_host_is_left_alone() -> Result<()> {
     let sent = capture.so_far()?.packets.len();
     wait_until("eight probes went by", Duration::from_secs(20), || {
         assert!(session.quiet(), "cut after {:?}", begin.elapsed());
-        capture.so_far().is_ok_and(|trace| trace.packets.len() >= sent + 2 * 2 * 8)
+        capture
+            .so_far()
+            .is_ok_and(|trace| trace.packets.len() >= sent + 2 * 2 * 8)
     })?;
     session.echo()?;
     assert_eq!(backend.accepted().len(), 1);
@@ -76,7 +78,8 @@ fn a_third_of_all_packets_lost_bans_nobody() -> Result<()> {
     // Alone: a machine without cores to spare loses time as well as packets.
     let world = World::alone(3)?;
     // A SYN is sent again after a second: with this timeout half of all connects fail.
-    let keys = "kind = \"api\"\nconnect_timeout = \"300ms\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"10s\"\n";
+    let keys =
+        "kind = \"api\"\nconnect_timeout = \"300ms\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"10s\"\n";
     let edge = Edge::start(&world.edge, &world.config(keys))?;
     let _backends = world.echoes()?;
     let stop = AtomicBool::new(false);
@@ -87,7 +90,9 @@ fn a_third_of_all_packets_lost_bans_nobody() -> Result<()> {
         for _ in 0..12 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
-                    let Ok(mut session) = Session::open(&world.client, world.front(), PATIENCE) else { continue };
+                    let Ok(mut session) = Session::open(&world.client, world.front(), PATIENCE) else {
+                        continue;
+                    };
                     while !stop.load(Ordering::Relaxed) && session.echo().is_ok() {
                         thread::sleep(Duration::from_millis(100));
                     }
@@ -96,7 +101,9 @@ fn a_third_of_all_packets_lost_bans_nobody() -> Result<()> {
         }
         // ... and many that come and go.
         let load = Load::of_echoes(&world.client, world.front(), 30, PATIENCE);
-        let result = wait_until("300 clients are done", Duration::from_secs(40), || load.so_far().attempts.len() >= 300);
+        let result = wait_until("300 clients are done", Duration::from_secs(40), || {
+            load.so_far().attempts.len() >= 300
+        });
         stop.store(true, Ordering::Relaxed);
         println!("{}", load.stop().summary());
         result.map(drop)
@@ -105,7 +112,11 @@ fn a_third_of_all_packets_lost_bans_nobody() -> Result<()> {
     for index in 0..3 {
         let backend = edge.backend(world.back(index))?;
         failures += backend["connect_failures_total"].as_u64().unwrap_or(0);
-        let bans = edge.events(world.back(index))?.iter().filter(|event| event["kind"] == "ban").count();
+        let bans = edge
+            .events(world.back(index))?
+            .iter()
+            .filter(|event| event["kind"] == "ban")
+            .count();
         ensure!(bans == 0, "{backend:#}\n{:#?}", edge.events(world.back(index))?);
     }
     // Else this would have tested nothing.
@@ -121,7 +132,11 @@ fn dead_backend(world: &World, settle: Duration, limit: Duration) -> Result<()> 
     let _backend = world.backend(0, Script::Echo)?;
     let mut session = Session::open(&world.client, world.front(), PATIENCE)?;
     // A session that dies younger than this has no keepalive yet, and is short enough not to need one.
-    ensure!(session.cut(settle).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock));
+    ensure!(
+        session
+            .cut(settle)
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    );
     let _hole = world.edge.blackhole(&[world.cp[0].ip()])?;
     let (took, reset) = session.cut(limit)?;
     println!("cut after {took:?}, by {}", if reset { "a reset" } else { "an end" });

@@ -40,8 +40,9 @@ fn a_thousand_reloads_half_of_them_faulty_disturb_nobody_and_leave_nothing_behin
     let edge = Edge::start(&world.edge, &good(1))?;
     let _taken = world.edge.enter(|| std::net::TcpListener::bind("127.0.0.1:7000"))?;
     let _backends = world.echoes()?;
-    let mut quiet: Vec<Session> =
-        (0..100).map(|_| Session::open(&world.client, world.front(), PATIENCE)).collect::<Result<_, _>>()?;
+    let mut quiet: Vec<Session> = (0..100)
+        .map(|_| Session::open(&world.client, world.front(), PATIENCE))
+        .collect::<Result<_, _>>()?;
     let load = Load::of_echoes(&world.client, world.front(), 200, PATIENCE);
     let reload = |round: usize| -> Result<Duration> {
         let begin = Instant::now();
@@ -67,11 +68,21 @@ fn a_thousand_reloads_half_of_them_faulty_disturb_nobody_and_leave_nothing_behin
     let took = begin.elapsed();
     let (after, memory_after) = (edge.processes(), edge.pss_kib()?);
     let report = load.stop();
-    println!("{RELOADS} reloads in {took:.1?}, slowest {slowest:?}; {}", report.summary());
-    println!("{} processes before, {} after; {memory} KiB before, {memory_after} KiB after", processes.len(), after.len());
+    println!(
+        "{RELOADS} reloads in {took:.1?}, slowest {slowest:?}; {}",
+        report.summary()
+    );
+    println!(
+        "{} processes before, {} after; {memory} KiB before, {memory_after} KiB after",
+        processes.len(),
+        after.len()
+    );
     assert_eq!(report.failures().len(), 0, "{}", report.summary());
     assert_eq!(after, processes, "the same processes");
-    assert!(memory_after <= memory + 5 * 1024, "{memory} KiB before, {memory_after} KiB after");
+    assert!(
+        memory_after <= memory + 5 * 1024,
+        "{memory} KiB before, {memory_after} KiB after"
+    );
     for (index, session) in quiet.iter_mut().enumerate() {
         session.echo().with_context(|| format!("quiet session {index}"))?;
     }
@@ -86,11 +97,15 @@ fn a_sighup_takes_effect_and_a_faulty_file_changes_nothing() -> Result<()> {
     let mut session = Session::open(&world.client, world.front(), PATIENCE)?;
     let revision = |edge: &Edge| -> Result<u64> {
         let status = edge.status()?;
-        tests::edge::find(&status, "revision").and_then(serde_json::Value::as_u64).context("a revision")
+        tests::edge::find(&status, "revision")
+            .and_then(serde_json::Value::as_u64)
+            .context("a revision")
     };
     let before = revision(&edge)?;
     edge.reload(&world.config("kind = \"api\"\nconnect_timeout = \"700ms\""))?;
-    wait_until("the file is in effect", PATIENCE, || revision(&edge).is_ok_and(|now| now > before))?;
+    wait_until("the file is in effect", PATIENCE, || {
+        revision(&edge).is_ok_and(|now| now > before)
+    })?;
     let now = revision(&edge)?;
     edge.reload(&world.config("kind = \"api\"\nconnect_timeout = \"sevenhundred\""))?;
     wait_until("the fault is in the status", PATIENCE, || {

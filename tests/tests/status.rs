@@ -8,12 +8,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use tests::{
-    Edge, World,
-    backend::Script,
-    load::Session,
-    wait_until,
-};
+use tests::{Edge, World, backend::Script, load::Session, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -40,9 +35,17 @@ fn every_answer_in_json_carries_its_schema_version_and_comes_at_once() -> Result
             times.push(said.took);
         }
         times.sort_unstable();
-        println!("edgectl {}: {:?} (median of 10), aim 50 ms", arguments.join(" "), times[5]);
+        println!(
+            "edgectl {}: {:?} (median of 10), aim 50 ms",
+            arguments.join(" "),
+            times[5]
+        );
         // The aim is 50 ms on a quiet machine; a busy one must not make this a riddle.
-        assert!(times[5] < Duration::from_millis(500), "{arguments:?} took {:?}", times[5]);
+        assert!(
+            times[5] < Duration::from_millis(500),
+            "{arguments:?} took {:?}",
+            times[5]
+        );
     }
     // A refusal is JSON too.
     let said = edge.ctl(&["-o", "json", "lb", "why", "[fd00::99]:1"])?;
@@ -66,7 +69,10 @@ fn why_tells_the_facts_that_a_ban_rests_on() -> Result<()> {
     assert!(reason.contains("refused") && reason.contains("2 of 2"), "{reason}");
     // For people too.
     let said = edge.ctl(&["lb", "why", &world.back(1).to_string()])?;
-    assert!(said.code == Some(0) && said.out.contains("banned") && said.out.contains("refused"), "{said}");
+    assert!(
+        said.code == Some(0) && said.out.contains("banned") && said.out.contains("refused"),
+        "{said}"
+    );
     Ok(())
 }
 
@@ -77,7 +83,9 @@ fn the_metrics_show_one_state_per_backend_and_the_same_one_as_the_status() -> Re
     let mut states: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for line in page.lines().filter(|line| line.starts_with("edge_lb_backend_state{")) {
         let label = |name: &str| -> Result<String> {
-            let (_, rest) = line.split_once(&format!("{name}=\"")).with_context(|| line.to_owned())?;
+            let (_, rest) = line
+                .split_once(&format!("{name}=\""))
+                .with_context(|| line.to_owned())?;
             Ok(rest.split('"').next().unwrap_or_default().to_owned())
         };
         let on = states.entry(label("backend")?).or_default();

@@ -81,7 +81,7 @@ fn groups_decide_who_may_look_and_who_may_change() -> Result<()> {
     let drain = format!("edgectl lb drain {}", world.backend.address());
     for (user, groups, look, change) in [
         ("looker", "-G edge", 0, 1),
-        ("operator", "-G edge-admin", 0, 0),
+        ("changer", "-G edge-admin", 0, 0),
         ("stranger", "", 1, 1),
     ] {
         debian.sh(&format!("useradd {groups} {user}"))?;
@@ -91,7 +91,7 @@ fn groups_decide_who_may_look_and_who_may_change() -> Result<()> {
         }
     }
     assert!(
-        debian.log().contains("operator"),
+        debian.log().contains("changer"),
         "a change is logged with its author: {}",
         debian.log()
     );
@@ -146,6 +146,44 @@ fn nobody_is_refused_while_the_supervisor_is_killed_or_restarted() -> Result<()>
             "{suite}: counted from the restart on"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn a_supervisor_that_hangs_is_replaced_and_nobody_is_refused() -> Result<()> {
+    let world = World::boot("trixie")?;
+    let debian = &world.debian;
+    debian.sh("systemctl enable --now edged")?;
+    let supervisor = debian.property("MainPID")?;
+    let load = Load::of_echoes(&world.client, world.edge.at(PORT), 100, PATIENCE);
+    debian.sh(&format!("kill -STOP {supervisor}"))?;
+    // The unit's watchdog waits for ten seconds.
+    wait_until("the watchdog replaces it", Duration::from_secs(30), || {
+        debian
+            .property("MainPID")
+            .is_ok_and(|now| now != supervisor && now != "0")
+    })?;
+    wait_until("the load is served again", PATIENCE, || {
+        load.so_far()
+            .attempts
+            .last()
+            .is_some_and(|last| matches!(last.end, End::Served(_)))
+    })?;
+    let report = load.stop();
+    println!("supervisor hung and replaced: {}", report.summary());
+    assert!(
+        report
+            .failures()
+            .iter()
+            .all(|lost| matches!(lost.end, End::Reset | End::Closed)),
+        "{}",
+        report.summary()
+    );
+    assert!(
+        report.failures().len() <= 10,
+        "the balancer serves while the supervisor hangs: {}",
+        report.summary()
+    );
     Ok(())
 }
 

@@ -25,9 +25,23 @@ fn every_worker_is_confined_and_runs_as_a_user_of_its_own() -> Result<()> {
         assert_eq!(status.get("Seccomp")?, "2", "{role}");
         let uids: Vec<&str> = status.get("Uid")?.split_whitespace().collect();
         let gids: Vec<&str> = status.get("Gid")?.split_whitespace().collect();
-        assert!(uids.iter().all(|uid| *uid == uids[0] && *uid != "0"), "{role}: {uids:?}");
-        assert!(gids.iter().all(|gid| *gid == gids[0] && *gid != "0"), "{role}: {gids:?}");
-        assert_eq!(status.get("Groups")?.split_whitespace().filter(|group| *group == "0").count(), 0, "{role}");
+        assert!(
+            uids.iter().all(|uid| *uid == uids[0] && *uid != "0"),
+            "{role}: {uids:?}"
+        );
+        assert!(
+            gids.iter().all(|gid| *gid == gids[0] && *gid != "0"),
+            "{role}: {gids:?}"
+        );
+        assert_eq!(
+            status
+                .get("Groups")?
+                .split_whitespace()
+                .filter(|group| *group == "0")
+                .count(),
+            0,
+            "{role}"
+        );
         if let Some(other) = users.insert(uids[0].to_owned(), role) {
             panic!("{role} and {other} share a user and could signal each other");
         }
@@ -43,12 +57,31 @@ fn no_worker_can_be_read_or_traced_by_its_own_user() -> Result<()> {
     for role in ["lb", "web"] {
         let pid = edge.worker(role)?;
         let status = Status::of(pid)?;
-        let uid = status.get("Uid")?.split_whitespace().next().context("a uid")?.to_owned();
+        let uid = status
+            .get("Uid")?
+            .split_whitespace()
+            .next()
+            .context("a uid")?
+            .to_owned();
         // The kernel gives what belongs to a process that is not dumpable to root (proc(5)).
-        assert_eq!(fs::metadata(format!("/proc/{pid}/environ"))?.uid(), 0, "{role} is dumpable");
+        assert_eq!(
+            fs::metadata(format!("/proc/{pid}/environ"))?.uid(),
+            0,
+            "{role} is dumpable"
+        );
         for file in ["mem", "environ", "maps"] {
             let mut cat = Command::new("setpriv");
-            cat.args(["--reuid", &uid, "--regid", &uid, "--clear-groups", "head", "-c", "1", &format!("/proc/{pid}/{file}")]);
+            cat.args([
+                "--reuid",
+                &uid,
+                "--regid",
+                &uid,
+                "--clear-groups",
+                "head",
+                "-c",
+                "1",
+                &format!("/proc/{pid}/{file}"),
+            ]);
             let said = say(&mut cat, Duration::from_secs(5))?;
             ensure!(said.code != Some(0), "{role}: its user can read {file}");
             ensure!(said.err.contains("Permission denied"), "{role}: {said}");
@@ -66,7 +99,8 @@ fn no_worker_holds_a_descriptor_it_does_not_need() -> Result<()> {
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
             let target = fs::read_link(entry?.path())?.display().to_string();
             let kind = target.split(':').next().unwrap_or_default();
-            let harmless = ["socket", "anon_inode", "pipe", "/dev/null"].contains(&kind) || target.starts_with("/memfd:");
+            let harmless =
+                ["socket", "anon_inode", "pipe", "/dev/null"].contains(&kind) || target.starts_with("/memfd:");
             // Its log is the supervisor's standard error, here a file of the lab.
             let log = target.ends_with("edged.log");
             assert!(harmless || log, "{role} holds {target}");
@@ -84,7 +118,10 @@ impl Status {
     }
 
     fn get(&self, key: &str) -> Result<&str> {
-        let found = self.0.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+        let found = self
+            .0
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
         found.map(str::trim).with_context(|| format!("no {key} in {}", self.0))
     }
 }

@@ -68,7 +68,12 @@ impl Writer {
                         let at = Instant::now();
                         let result = put(&inner, key).map_err(|error| format!("{error:#}"));
                         let done = result.is_ok();
-                        lock(&writes).push(Put { key, at, took: at.elapsed(), result });
+                        lock(&writes).push(Put {
+                            key,
+                            at,
+                            took: at.elapsed(),
+                            result,
+                        });
                         if done {
                             break;
                         }
@@ -81,7 +86,11 @@ impl Writer {
                 }
             })
         });
-        Self { stop, log, thread: Some(thread) }
+        Self {
+            stop,
+            log,
+            thread: Some(thread),
+        }
     }
 
     pub(crate) fn log(&self) -> Vec<Put> {
@@ -90,7 +99,12 @@ impl Writer {
 
     /// The newest acknowledged revision.
     pub(crate) fn newest(&self) -> u64 {
-        lock(&self.log).iter().filter_map(|put| put.result.as_ref().ok()).max().copied().unwrap_or(0)
+        lock(&self.log)
+            .iter()
+            .filter_map(|put| put.result.as_ref().ok())
+            .max()
+            .copied()
+            .unwrap_or(0)
     }
 
     pub(crate) fn stop(&mut self) {
@@ -108,7 +122,11 @@ impl Drop for Writer {
 }
 
 fn put(way: &Way, key: u64) -> Result<u64> {
-    let body = format!(r#"{{"key":"{}","value":"{}"}}"#, base64(&format!("demo/{key:06}")), base64(&key.to_string()));
+    let body = format!(
+        r#"{{"key":"{}","value":"{}"}}"#,
+        base64(&format!("demo/{key:06}")),
+        base64(&key.to_string())
+    );
     let answer = etcd::call(&way.tls, way.front, "/v3/kv/put", &body)?;
     number(&answer, "revision")
 }
@@ -166,12 +184,21 @@ impl Idle {
 
     /// Attempts to begin again that came to nothing since `from`.
     pub(crate) fn failures(&self, from: Instant) -> Vec<String> {
-        lock(&self.log).failures.iter().filter(|failure| failure.0 >= from).map(|failure| failure.1.clone()).collect()
+        lock(&self.log)
+            .failures
+            .iter()
+            .filter(|failure| failure.0 >= from)
+            .map(|failure| failure.1.clone())
+            .collect()
     }
 
     /// The member that serves it now.
     pub(crate) fn member(&self) -> Option<String> {
-        lock(&self.log).lives.last().filter(|life| life.until.is_none()).map(|life| life.member.clone())
+        lock(&self.log)
+            .lives
+            .last()
+            .filter(|life| life.until.is_none())
+            .map(|life| life.member.clone())
     }
 }
 
@@ -191,17 +218,33 @@ fn live(way: &Way, etcd: &Mutex<Etcd>, log: &Log<IdleLog>) -> io::Result<()> {
     let stream: TlsStream = tls::connect(way.front, &way.tls, Duration::from_secs(5))?;
     let socket = stream.sock.try_clone()?;
     let create = format!(r#"{{"create_request":{{"key":"{}"}}}}"#, base64("quiet"));
-    let mut response = BufReader::new(http::request(stream, "POST", "/v3/watch", &way.front.to_string(), &create)?);
+    let mut response = BufReader::new(http::request(
+        stream,
+        "POST",
+        "/v3/watch",
+        &way.front.to_string(),
+        &create,
+    )?);
     let mut line = String::new();
     response.read_line(&mut line)?;
     let answer: Value = serde_json::from_str(&line).map_err(io::Error::other)?;
-    let member = etcd.lock().expect("no panic while it is held").by_answer(&answer).unwrap_or("?").to_owned();
+    let member = etcd
+        .lock()
+        .expect("no panic while it is held")
+        .by_answer(&answer)
+        .unwrap_or("?")
+        .to_owned();
     // From here on silence is what is expected.
     socket.set_read_timeout(None)?;
     {
         let mut log = lock(log);
         log.socket = Some(socket);
-        log.lives.push(Life { member, dialled, from: Instant::now(), until: None });
+        log.lives.push(Life {
+            member,
+            dialled,
+            from: Instant::now(),
+            until: None,
+        });
     }
     let end = match tls::read_some(&mut response, &mut [0; 256]) {
         Ok(0) => "closed".to_owned(),
@@ -249,7 +292,11 @@ impl Watch {
                 let _ = watch(&way, &etcd, &events);
             }
         });
-        Self { stop, log, thread: Some(thread) }
+        Self {
+            stop,
+            log,
+            thread: Some(thread),
+        }
     }
 
     pub(crate) fn seen(&self) -> Vec<Seen> {
@@ -265,7 +312,10 @@ impl Watch {
     pub(crate) fn socket(&self, front: SocketAddr) -> Option<SocketAddr> {
         let pid = lock(&self.log).child.as_ref()?.id();
         let found = process::connections(pid).ok()?;
-        found.into_iter().find(|(_, remote)| *remote == front).map(|(local, _)| local)
+        found
+            .into_iter()
+            .find(|(_, remote)| *remote == front)
+            .map(|(local, _)| local)
     }
 
     pub(crate) fn stop(&mut self) {
@@ -288,9 +338,16 @@ impl Drop for Watch {
 /// One run of `etcdctl watch`.
 fn watch(way: &Way, etcd: &Mutex<Etcd>, log: &Log<WatchLog>) -> Result<()> {
     let next = lock(log).seen.last().map_or(1, |seen| seen.revision + 1);
-    let mut command = etcd.lock().expect("no panic while it is held").etcdctl(&way.node, way.front);
+    let mut command = etcd
+        .lock()
+        .expect("no panic while it is held")
+        .etcdctl(&way.node, way.front);
     command.args(["watch", "--prefix", "demo/", "-w", "json", &format!("--rev={next}")]);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
     let lines = BufReader::new(child.stdout.take().context("piped above")?).lines();
     {
         let mut log = lock(log);
@@ -301,7 +358,10 @@ fn watch(way: &Way, etcd: &Mutex<Etcd>, log: &Log<WatchLog>) -> Result<()> {
         let answer: Value = serde_json::from_str(&line?)?;
         let member = number(&answer, "member_id")?;
         for event in find(&answer, "Events").and_then(Value::as_array).into_iter().flatten() {
-            let seen = Seen { revision: number(event, "mod_revision")?, member };
+            let seen = Seen {
+                revision: number(event, "mod_revision")?,
+                member,
+            };
             lock(log).seen.push(seen);
         }
     }

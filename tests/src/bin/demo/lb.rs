@@ -72,7 +72,11 @@ impl Stage {
         let (client, node) = (lab.node("client", 2)?, lab.node("edge", 10)?);
         story.event("three etcd members start, each in a namespace of its own");
         let etcd = Etcd::start(&lab, &[node.ip()])?;
-        let way = Way { node: client, front: node.at(PORT), tls: Arc::clone(&etcd.client) };
+        let way = Way {
+            node: client,
+            front: node.at(PORT),
+            tls: Arc::clone(&etcd.client),
+        };
         let certificates: Vec<_> = etcd
             .members
             .iter()
@@ -89,13 +93,27 @@ impl Stage {
         let prober = Load::start(&way.node, way.front, PROBES, PATIENCE, move |stream| {
             let stream = tls::handshake(stream, target, &tls)?;
             let seen = tls::peer(&stream);
-            let member = certificates.iter().find(|(certificate, _)| Some(certificate) == seen.as_ref());
+            let member = certificates
+                .iter()
+                .find(|(certificate, _)| Some(certificate) == seen.as_ref());
             Ok(member.map_or("an unknown server", |(_, name)| name).to_owned())
         });
         let writer = Writer::start(&way, Duration::from_millis(100));
         let watch = Watch::start(&way, &etcd);
         let idles: Vec<Idle> = (0..IDLES).map(|_| Idle::start(&way, &etcd)).collect();
-        let stage = Self { prober, writer, watch, idles, capture, edge, etcd, way, killed: 0, node, _lab: lab };
+        let stage = Self {
+            prober,
+            writer,
+            watch,
+            idles,
+            capture,
+            edge,
+            etcd,
+            way,
+            killed: 0,
+            node,
+            _lab: lab,
+        };
         stage.settle()?;
         story.note(stage.spread());
         Ok(stage)
@@ -112,36 +130,57 @@ impl Stage {
     }
 
     fn settle_idles(&self) -> Result<()> {
-        wait_until("every idle watch is served", PATIENCE, || self.idles.iter().all(|idle| idle.member().is_some()))?;
+        wait_until("every idle watch is served", PATIENCE, || {
+            self.idles.iter().all(|idle| idle.member().is_some())
+        })?;
         Ok(())
     }
 
     /// Waits for `count` more connections of the prober.
     fn more(&self, count: usize) -> Result<()> {
         let before = self.prober.so_far().attempts.len();
-        wait_until("more connections", PATIENCE, || self.prober.so_far().attempts.len() >= before + count)?;
+        wait_until("more connections", PATIENCE, || {
+            self.prober.so_far().attempts.len() >= before + count
+        })?;
         Ok(())
     }
 
     /// Idle watches per server.
     fn spread(&self) -> String {
-        let count = |name: &str| self.idles.iter().filter(|idle| idle.member().as_deref() == Some(name)).count();
-        let counts: Vec<String> = (1..=3).map(|n| format!("{} on cp{n}", count(&format!("cp{n}")))).collect();
+        let count = |name: &str| {
+            self.idles
+                .iter()
+                .filter(|idle| idle.member().as_deref() == Some(name))
+                .count()
+        };
+        let counts: Vec<String> = (1..=3)
+            .map(|n| format!("{} on cp{n}", count(&format!("cp{n}"))))
+            .collect();
         format!("idle watches: {}", counts.join(", "))
     }
 
     /// The server that tells `etcdctl watch` its events.
     fn watched(&self) -> Result<usize> {
-        let id = self.watch.seen().last().context("etcdctl watch has seen something")?.member;
+        let id = self
+            .watch
+            .seen()
+            .last()
+            .context("etcdctl watch has seen something")?
+            .member;
         let etcd = self.etcd.lock().expect("no panic while it is held");
-        etcd.members.iter().position(|member| member.id() == id).context("one of the three")
+        etcd.members
+            .iter()
+            .position(|member| member.id() == id)
+            .context("one of the three")
     }
 
     fn kill_a_server(&mut self, story: &mut Story) -> Result<()> {
         let watched = self.watched()?;
         let leader = self.etcd.lock().expect("no panic while it is held").leader()?;
         // A follower, so that writes go on, and not the one that etcdctl watches: its turn comes later.
-        self.killed = (0..3).find(|index| *index != watched && *index != leader).context("three servers")?;
+        self.killed = (0..3)
+            .find(|index| *index != watched && *index != leader)
+            .context("three servers")?;
         let name = name_of(self.killed);
         let mark = story.event(format!("(a) kill -9 etcd on {name}"));
         self.etcd.lock().expect("no panic while it is held").members[self.killed].kill();
@@ -150,10 +189,16 @@ impl Stage {
         self.more(3 * PROBES as usize)?;
         let end = Mark::now();
         let report = self.prober.so_far().between(dead.at, end.at);
-        story.claim(report.failures().is_empty(), format!("every new connection succeeded: {}", report.summary()));
+        story.claim(
+            report.failures().is_empty(),
+            format!("every new connection succeeded: {}", report.summary()),
+        );
         story.claim(
             report.slowest() < SLACK,
-            format!("none of them waited for the dead server: the slowest took {}", human(report.slowest())),
+            format!(
+                "none of them waited for the dead server: the slowest took {}",
+                human(report.slowest())
+            ),
         );
         self.claim_cut(story, &cut, mark, &name, Duration::from_secs(1));
         self.claim_writes(story, mark, end, CONNECT_TIMEOUT);
@@ -170,20 +215,32 @@ impl Stage {
             etcd.wait_until_serving(self.killed)?;
         }
         let back = Mark::now();
-        let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || self.served_by(&name, back));
+        let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || {
+            self.served_by(&name, back)
+        });
         let took = served.as_ref().map_or(PATIENCE, |at| *at - back.at);
         let limit = Duration::from_secs(6);
-        story.claim(took < limit, format!("{name} serves new connections {} after it was ready", human(took)));
+        story.claim(
+            took < limit,
+            format!("{name} serves new connections {} after it was ready", human(took)),
+        );
         self.more(PROBES as usize)?;
         let report = self.prober.so_far().between(back.at, std::time::Instant::now());
-        story.claim(report.failures().is_empty(), format!("its return hurt nobody: {}", report.summary()));
+        story.claim(
+            report.failures().is_empty(),
+            format!("its return hurt nobody: {}", report.summary()),
+        );
         // By the fewest sessions all new connections would go to this server alone, and the next fault not be met.
         let before = self.idles.len();
         while self.idles.len() < before + IDLES && !self.even()? {
             self.idles.push(Idle::start(&self.way, &self.etcd));
             self.settle_idles()?;
         }
-        story.note(format!("{} more idle watches come: {}", self.idles.len() - before, self.spread()));
+        story.note(format!(
+            "{} more idle watches come: {}",
+            self.idles.len() - before,
+            self.spread()
+        ));
         Ok(())
     }
 
@@ -192,7 +249,9 @@ impl Stage {
         let mut counts = [0; 3];
         counts[self.watched()?] += 1;
         for name in self.idles.iter().filter_map(Idle::member) {
-            counts[(0..3).find(|index| name_of(*index) == name).context("one of the three")?] += 1;
+            counts[(0..3)
+                .find(|index| name_of(*index) == name)
+                .context("one of the three")?] += 1;
         }
         Ok(counts[0] == counts[1] && counts[1] == counts[2])
     }
@@ -203,7 +262,9 @@ impl Stage {
         let name = name_of(index);
         let before = self.watch.socket(self.way.front);
         let address = self.node_of(index).ip();
-        let mark = story.event(format!("(c) {name} vanishes from the edge's sight: nft drops every packet between them"));
+        let mark = story.event(format!(
+            "(c) {name} vanishes from the edge's sight: nft drops every packet between them"
+        ));
         let hole = self.node.blackhole(&[address])?;
         let dark = Mark::now();
         let cut = self.wait_for_moved(mark, &name)?;
@@ -214,23 +275,41 @@ impl Stage {
         let end = Mark::now();
         let report = self.prober.so_far().between(dark.at, end.at);
         let late = report.attempts.iter().filter(|attempt| attempt.took > SLACK).count();
-        story.claim(report.failures().is_empty(), format!("every new connection succeeded: {}", report.summary()));
+        story.claim(
+            report.failures().is_empty(),
+            format!("every new connection succeeded: {}", report.summary()),
+        );
         story.claim(
             report.slowest() < CONNECT_TIMEOUT + SLACK,
-            format!("{late} of them met it and waited once for the connect timeout of 1 s; the slowest took {}", human(report.slowest())),
+            format!(
+                "{late} of them met it and waited once for the connect timeout of 1 s; the slowest took {}",
+                human(report.slowest())
+            ),
         );
-        let after: Vec<_> = cut.iter().filter_map(|(_, next)| next.as_ref()).map(|next| next.from).collect();
+        let after: Vec<_> = cut
+            .iter()
+            .filter_map(|(_, next)| next.as_ref())
+            .map(|next| next.from)
+            .collect();
         if let Some(last) = after.into_iter().max() {
             let calm = self.prober.so_far().between(last, end.at);
-            story.claim(calm.slowest() < SLACK, format!("once it was found out nobody waited: {}", calm.summary()));
+            story.claim(
+                calm.slowest() < SLACK,
+                format!("once it was found out nobody waited: {}", calm.summary()),
+            );
         }
         self.claim_cut(story, &cut, mark, &name, Duration::from_secs(4));
         self.claim_writes(story, mark, end, 4 * CONNECT_TIMEOUT);
         let healed = story.event(format!("    {name} is in sight again"));
         hole.heal();
-        let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || self.served_by(&name, healed));
+        let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || {
+            self.served_by(&name, healed)
+        });
         let took = served.as_ref().map_or(PATIENCE, |at| *at - healed.at);
-        story.claim(took < Duration::from_secs(6), format!("{name} serves new connections {} later", human(took)));
+        story.claim(
+            took < Duration::from_secs(6),
+            format!("{name} serves new connections {} later", human(took)),
+        );
         self.settle()
     }
 
@@ -239,19 +318,35 @@ impl Stage {
         let socket = self.watch.socket(front).context("etcdctl watch is connected")?;
         let begin = story.event(format!("(e) five reloads while etcdctl watch lives on {socket}"));
         let ends = |stage: &Self| -> usize {
-            stage.idles.iter().flat_map(Idle::lives).filter(|life| life.until.is_some()).count()
+            stage
+                .idles
+                .iter()
+                .flat_map(Idle::lives)
+                .filter(|life| life.until.is_some())
+                .count()
         };
         let ended = ends(self);
         let backends = backends(&self.etcd);
-        let more = format!("[[lb.frontend]]\nname = \"second\"\nlisten = [\"{}\"]\nbackends = {backends:?}\n", self.node.at(7443));
+        let more = format!(
+            "[[lb.frontend]]\nname = \"second\"\nlisten = [\"{}\"]\nbackends = {backends:?}\n",
+            self.node.at(7443)
+        );
         self.edge.reload(&config(&self.node, &backends, "1s", &more))?;
         let second = self.node.at(7443);
         let open = || self.way.node.enter(|| std::net::TcpStream::connect(second)).is_ok();
         let took = wait_until("the second listener is open", PATIENCE, open);
-        let words = took.as_ref().map_or_else(ToString::to_string, |took| format!("in effect after {}", human(*took)));
+        let words = took
+            .as_ref()
+            .map_or_else(ToString::to_string, |took| format!("in effect after {}", human(*took)));
         story.claim(took.is_ok(), format!("SIGHUP, a file with a second listener: {words}"));
         let said = self.edge.apply(&config(&self.node, &backends, "900ms", ""))?;
-        story.claim(said.code == Some(0), format!("edgectl config apply, without it: exit status {:?}", said.code.unwrap_or(-1)));
+        story.claim(
+            said.code == Some(0),
+            format!(
+                "edgectl config apply, without it: exit status {:?}",
+                said.code.unwrap_or(-1)
+            ),
+        );
         let closed = wait_until("the second listener is closed", PATIENCE, || !open());
         story.claim(closed.is_ok(), "and it refuses connections again");
         let good = config(&self.node, &backends, "900ms", "");
@@ -261,22 +356,39 @@ impl Stage {
             ("does not make sense", good.replace("900ms", "0ms")),
             (
                 "wants a port that another process holds",
-                good.replace(&format!("[\"{front}\"]"), &format!("[\"{front}\", \"{}\"]", self.node.at(7000))),
+                good.replace(
+                    &format!("[\"{front}\"]"),
+                    &format!("[\"{front}\", \"{}\"]", self.node.at(7000)),
+                ),
             ),
         ];
         for (fault, text) in faulty {
             let said = self.edge.apply(&text)?;
             let words = format!("{}{}", said.out, said.err);
-            story.claim(said.code == Some(2) && !words.trim().is_empty(), format!("a file that {fault}: exit status {:?}", said.code.unwrap_or(-1)));
-            story.note(process::tail(&words, 8).lines().map(|line| format!("  │ {line}\n")).collect::<String>());
+            story.claim(
+                said.code == Some(2) && !words.trim().is_empty(),
+                format!("a file that {fault}: exit status {:?}", said.code.unwrap_or(-1)),
+            );
+            story.note(
+                process::tail(&words, 8)
+                    .lines()
+                    .map(|line| format!("  │ {line}\n"))
+                    .collect::<String>(),
+            );
         }
         drop(taken);
         self.more(PROBES as usize)?;
         let seen = self.watch.seen().len();
-        wait_until("etcdctl watch sees more", PATIENCE, || self.watch.seen().len() > seen + 3)?;
+        wait_until("etcdctl watch sees more", PATIENCE, || {
+            self.watch.seen().len() > seen + 3
+        })?;
         let end = Mark::now();
         let now = self.watch.socket(front);
-        let wire = self.capture.so_far()?.between(begin.wall, end.wall).socket(socket, front);
+        let wire = self
+            .capture
+            .so_far()?
+            .between(begin.wall, end.wall)
+            .socket(socket, front);
         let broken = wire.filter(|packet| packet.syn() || packet.syn_ack() || packet.fin() || packet.rst());
         let payload: usize = wire.packets.iter().map(|packet| packet.payload).sum();
         story.claim(
@@ -289,7 +401,10 @@ impl Stage {
             ),
         );
         let ended = ends(self) - ended;
-        story.claim(ended == 0, format!("{ended} of {} idle watches were cut", self.idles.len()));
+        story.claim(
+            ended == 0,
+            format!("{ended} of {} idle watches were cut", self.idles.len()),
+        );
         let report = self.prober.so_far().between(begin.at, end.at);
         story.claim(
             report.failures().is_empty() && report.slowest() < SLACK,
@@ -300,17 +415,25 @@ impl Stage {
 
     fn kill_the_worker(&mut self, story: &mut Story) -> Result<()> {
         let pid = self.edge.worker("lb")?;
-        let mark = story.event(format!("(d) kill -9 {pid}, the process of edged that holds every connection"));
+        let mark = story.event(format!(
+            "(d) kill -9 {pid}, the process of edged that holds every connection"
+        ));
         process::signal(pid, Signal::KILL)?;
         let next = self.edge.wait_for_new_worker("lb", pid, PATIENCE)?;
         self.settle()?;
         let end = Mark::now();
         let report = self.prober.so_far().between(mark.at - CONNECT_TIMEOUT, end.at);
         let refused = self.capture.so_far()?.between(mark.wall, end.wall).flows();
-        let refused = refused.iter().filter(|flow| flow.server == self.way.front && flow.refused()).count();
+        let refused = refused
+            .iter()
+            .filter(|flow| flow.server == self.way.front && flow.refused())
+            .count();
         story.claim(
             report.count(&End::Refused) == 0 && refused == 0,
-            format!("none of {} new connections was refused, by their own word and on the wire", report.attempts.len()),
+            format!(
+                "none of {} new connections was refused, by their own word and on the wire",
+                report.attempts.len()
+            ),
         );
         // One that was in flight in the dead process is reset; it takes milliseconds, so these are few.
         let cut = report.failures().len();
@@ -320,10 +443,18 @@ impl Stage {
         );
         story.note(format!("process {next} serves in its place"));
         let cut: Vec<_> = self.cut_after(mark, None);
-        let slowest = cut.iter().filter_map(|(_, next)| Some(next.as_ref()?.from - mark.at)).max().unwrap_or(PATIENCE);
+        let slowest = cut
+            .iter()
+            .filter_map(|(_, next)| Some(next.as_ref()?.from - mark.at))
+            .max()
+            .unwrap_or(PATIENCE);
         story.claim(
             cut.len() == self.idles.len() && slowest < Duration::from_secs(2),
-            format!("{} idle watches were cut with it, and all were served again within {}", cut.len(), human(slowest)),
+            format!(
+                "{} idle watches were cut with it, and all were served again within {}",
+                cut.len(),
+                human(slowest)
+            ),
         );
         self.claim_writes(story, mark, end, CONNECT_TIMEOUT);
         Ok(())
@@ -339,10 +470,19 @@ impl Stage {
         self.watch.stop();
         let revisions: Vec<u64> = self.watch.seen().iter().map(|seen| seen.revision).collect();
         let gaps = revisions.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
-        let (first, last) = (revisions.first().copied().unwrap_or(0), revisions.last().copied().unwrap_or(0));
+        let (first, last) = (
+            revisions.first().copied().unwrap_or(0),
+            revisions.last().copied().unwrap_or(0),
+        );
         let puts = self.writer.log();
-        let acknowledged: Vec<u64> = puts.iter().filter_map(|put| put.result.as_ref().ok().copied()).collect();
-        let missed = acknowledged.iter().filter(|revision| !revisions.contains(revision)).count();
+        let acknowledged: Vec<u64> = puts
+            .iter()
+            .filter_map(|put| put.result.as_ref().ok().copied())
+            .collect();
+        let missed = acknowledged
+            .iter()
+            .filter(|revision| !revisions.contains(revision))
+            .count();
         story.claim(
             complete.is_ok() && gaps == 0 && missed == 0 && first == 2,
             format!(
@@ -359,7 +499,13 @@ impl Stage {
             acknowledged.len()
         ));
         let refused = front.iter().filter(|flow| flow.refused()).count();
-        story.claim(refused == 0, format!("{refused} of {} connections of the whole story were refused on the wire", front.len()));
+        story.claim(
+            refused == 0,
+            format!(
+                "{refused} of {} connections of the whole story were refused on the wire",
+                front.len()
+            ),
+        );
         Ok(())
     }
 
@@ -368,18 +514,26 @@ impl Stage {
         story.event(format!("edgectl lb why {address}"));
         let said = self.edge.ctl(&["lb", "why", &address.to_string()])?;
         story.note(said.out.trim_end());
-        story.claim(said.code == Some(0) && said.out.contains("refused"), format!("edgectl knows why: exit status {:?}", said.code.unwrap_or(-1)));
+        story.claim(
+            said.code == Some(0) && said.out.contains("refused"),
+            format!("edgectl knows why: exit status {:?}", said.code.unwrap_or(-1)),
+        );
         Ok(())
     }
 
     fn node_of(&self, index: usize) -> Node {
-        self.etcd.lock().expect("no panic while it is held").members[index].node.clone()
+        self.etcd.lock().expect("no panic while it is held").members[index]
+            .node
+            .clone()
     }
 
     /// When `name` has served a connection that began after `from`.
     fn served_by(&self, name: &str, from: Mark) -> Option<std::time::Instant> {
         let report = self.prober.so_far();
-        let mut good = report.attempts.iter().filter(|a| a.at >= from.at && a.end == End::Served(name.to_owned()));
+        let mut good = report
+            .attempts
+            .iter()
+            .filter(|a| a.at >= from.at && a.end == End::Served(name.to_owned()));
         good.next().map(|attempt| attempt.at + attempt.took)
     }
 
@@ -402,15 +556,26 @@ impl Stage {
 
     /// Waits until every idle watch that was on `name` at `mark` is served by another.
     fn wait_for_moved(&self, mark: Mark, name: &str) -> Result<Vec<(Life, Option<Life>)>> {
-        wait_for(&format!("the idle watches on {name} are served by others"), PATIENCE, || {
-            let cut = self.cut_after(mark, Some(name));
-            cut.iter().all(|(_, next)| next.is_some()).then_some(cut)
-        })
+        wait_for(
+            &format!("the idle watches on {name} are served by others"),
+            PATIENCE,
+            || {
+                let cut = self.cut_after(mark, Some(name));
+                cut.iter().all(|(_, next)| next.is_some()).then_some(cut)
+            },
+        )
     }
 
     fn claim_cut(&self, story: &mut Story, cut: &[(Life, Option<Life>)], mark: Mark, name: &str, limit: Duration) {
-        let ended = cut.iter().filter_map(|(life, _)| Some(life.until.as_ref()?.0 - mark.at)).max().unwrap_or_default();
-        let again = cut.iter().filter_map(|(_, next)| Some(next.as_ref()?.from - next.as_ref()?.dialled)).max();
+        let ended = cut
+            .iter()
+            .filter_map(|(life, _)| Some(life.until.as_ref()?.0 - mark.at))
+            .max()
+            .unwrap_or_default();
+        let again = cut
+            .iter()
+            .filter_map(|(_, next)| Some(next.as_ref()?.from - next.as_ref()?.dialled))
+            .max();
         let again = again.unwrap_or_default();
         story.claim(
             !cut.is_empty() && ended < limit,
@@ -419,19 +584,32 @@ impl Stage {
         let failures: Vec<String> = self.idles.iter().flat_map(|idle| idle.failures(mark.at)).collect();
         story.claim(
             failures.is_empty() && again < CONNECT_TIMEOUT + SLACK,
-            format!("their next attempt succeeded, {} failed; it took {} at most", failures.len(), human(again)),
+            format!(
+                "their next attempt succeeded, {} failed; it took {} at most",
+                failures.len(),
+                human(again)
+            ),
         );
         story.note(failures.join("\n"));
     }
 
     fn claim_writes(&self, story: &mut Story, from: Mark, until: Mark, limit: Duration) {
-        let puts: Vec<_> = self.writer.log().into_iter().filter(|put| put.at >= from.at && put.at < until.at).collect();
+        let puts: Vec<_> = self
+            .writer
+            .log()
+            .into_iter()
+            .filter(|put| put.at >= from.at && put.at < until.at)
+            .collect();
         let again = puts.iter().filter(|put| put.result.is_err()).count();
         let keys: std::collections::BTreeSet<u64> = puts.iter().map(|put| put.key).collect();
         let slowest = puts.iter().map(|put| put.took).max().unwrap_or_default();
         story.claim(
             !puts.is_empty() && again <= 2 && slowest < limit + SLACK,
-            format!("{} writes, {again} tried again, the slowest took {}", keys.len(), human(slowest)),
+            format!(
+                "{} writes, {again} tried again, the slowest took {}",
+                keys.len(),
+                human(slowest)
+            ),
         );
         for put in puts.iter().filter(|put| put.result.is_err()) {
             let error = put.result.as_ref().err().map_or("", String::as_str);
@@ -446,7 +624,10 @@ fn name_of(index: usize) -> String {
 
 fn backends(etcd: &Mutex<Etcd>) -> Vec<String> {
     let etcd = etcd.lock().expect("no panic while it is held");
-    etcd.members.iter().map(|member| member.node.at(CLIENT_PORT).to_string()).collect()
+    etcd.members
+        .iter()
+        .map(|member| member.node.at(CLIENT_PORT).to_string())
+        .collect()
 }
 
 /// The configuration: passive detection does the work; the active check, slow on purpose, ends a ban early.

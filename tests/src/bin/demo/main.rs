@@ -19,13 +19,23 @@ use tests::Lab;
 /// A part: its name, what it shows, how it is run.
 type Part = (&'static str, &'static str, fn(&mut Story) -> Result<()>);
 
-const PARTS: [Part; 1] = [("lb", "the load balancer before a cluster of three servers, while they fail", lb::run)];
+const PARTS: [Part; 1] = [(
+    "lb",
+    "the load balancer before a cluster of three servers, while they fail",
+    lb::run,
+)];
 
 fn main() -> ExitCode {
     Lab::clean_up_when_interrupted();
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let parts: Vec<&Part> = PARTS.iter().filter(|part| wanted.is_empty() || wanted.iter().any(|name| name == part.0)).collect();
-    if let Some(unknown) = wanted.iter().find(|name| PARTS.iter().all(|part| part.0 != name.as_str())) {
+    let parts: Vec<&Part> = PARTS
+        .iter()
+        .filter(|part| wanted.is_empty() || wanted.iter().any(|name| name == part.0))
+        .collect();
+    if let Some(unknown) = wanted
+        .iter()
+        .find(|name| PARTS.iter().all(|part| part.0 != name.as_str()))
+    {
         eprintln!("there is no part \"{unknown}\"; there is:");
         for (name, shows, _) in PARTS {
             eprintln!("  {name:<6} {shows}");
@@ -59,13 +69,20 @@ pub(crate) struct Mark {
 
 impl Mark {
     pub(crate) fn now() -> Self {
-        Self { at: Instant::now(), wall: SystemTime::now() }
+        Self {
+            at: Instant::now(),
+            wall: SystemTime::now(),
+        }
     }
 }
 
 impl Story {
     fn begin() -> Self {
-        Self { begin: Instant::now(), held: 0, failed: Vec::new() }
+        Self {
+            begin: Instant::now(),
+            held: 0,
+            failed: Vec::new(),
+        }
     }
 
     /// Something is done to the world, now.
@@ -96,7 +113,12 @@ impl Story {
 
     fn end(self) -> ExitCode {
         let took = self.begin.elapsed();
-        println!("\n{:6.1} s  {} claims held, {} did not", took.as_secs_f64(), self.held, self.failed.len());
+        println!(
+            "\n{:6.1} s  {} claims held, {} did not",
+            took.as_secs_f64(),
+            self.held,
+            self.failed.len()
+        );
         for what in &self.failed {
             println!("        ✘ {what}");
         }
