@@ -23,6 +23,9 @@ struct Case {
     place: String,
     /// What the message has to contain: fault and remedy.
     says: Vec<&'static str>,
+    /// The text is good and this machine is at fault (a port, a file): a later start may succeed, so `edged` ends with
+    /// 1, after which systemd tries again, and not with 2.
+    curable: bool,
 }
 
 #[test]
@@ -34,7 +37,8 @@ fn a_faulty_file_is_refused_with_its_place_and_a_remedy() -> Result<()> {
     for case in cases(&world, &secrets) {
         let config = faulty(&good, &case)?;
         let said = refused_start(&world.edge, &config)?;
-        complains(&case, &config, &said).with_context(|| format!("{} at start: {said}\n{config}", case.name))?;
+        let code = if case.curable { 1 } else { 2 };
+        complains(&case, code, &config, &said).with_context(|| format!("{} at start: {said}\n{config}", case.name))?;
     }
     Ok(())
 }
@@ -51,7 +55,7 @@ fn a_faulty_file_that_is_applied_is_refused_in_the_same_words_and_nothing_change
     for case in cases(&world, &secrets) {
         let config = faulty(&good, &case)?;
         let said = edge.apply(&config)?;
-        complains(&case, &config, &said).with_context(|| format!("{} applied: {said}\n{config}", case.name))?;
+        complains(&case, 2, &config, &said).with_context(|| format!("{} applied: {said}\n{config}", case.name))?;
         assert_eq!(
             edge.json(&["config", "show"])?,
             before,
@@ -88,6 +92,7 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
         bad: bad.to_owned(),
         place: place.to_owned(),
         says: says.to_vec(),
+        curable: name.starts_with("a port") || name.starts_with("a CA") || name.starts_with("a secret"),
     };
     let api = "kind = \"api\"";
     let check = |file: &PathBuf| {
@@ -193,9 +198,9 @@ fn faulty(good: &str, case: &Case) -> Result<String> {
     Ok(good.replacen(&case.good, &case.bad, 1))
 }
 
-/// Whether a refusal has exit code 2, `FILE:LINE:COLUMN` of the fault, the line itself, and what is to be said.
-fn complains(case: &Case, config: &str, said: &Said) -> Result<()> {
-    ensure!(said.code == Some(2), "exit code {:?} instead of 2", said.code);
+/// Whether a refusal has exit code `code`, `FILE:LINE:COLUMN` of the fault, the line itself, and what is to be said.
+fn complains(case: &Case, code: i32, config: &str, said: &Said) -> Result<()> {
+    ensure!(said.code == Some(code), "exit code {:?} instead of {code}", said.code);
     let text = format!("{}{}", said.out, said.err);
     // A fault that two places make may be shown at either.
     let places: Vec<String> = config

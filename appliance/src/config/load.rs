@@ -165,11 +165,13 @@ impl Loaded {
         for need in lb::needs(&self.config.lb, 1) {
             let lb::What::File(path) = &need.what else { continue };
             let (message, help) = match std::fs::read(path) {
-                Ok(content) if content.trim_ascii().is_empty() => (
-                    format!("{} is empty", path.display()),
-                    format!("{} names the file to use", need.key),
-                ),
-                Ok(_) => continue,
+                Ok(content) => match lb::io::check_file(&content) {
+                    Ok(()) => continue,
+                    Err(error) => (
+                        format!("{} {error}", path.display()),
+                        format!("{} names the CA to use", need.key),
+                    ),
+                },
                 Err(error) => (
                     format!("{} cannot be read: {error}", path.display()),
                     format!("ls -l {}", path.display()),

@@ -229,7 +229,7 @@ impl House {
             let now = lock(&self.now);
             (Arc::clone(&now.opened), now.loaded.clone(), now.reverts.is_some())
         };
-        let opened = opening::open(&loaded, self.threads, &before.sockets()).map_err(could_not)?;
+        let opened = opening::open(&loaded, self.threads, &before.sockets()).map_err(bad_request)?;
         let opened = unchanged_specs(opened, &before, &old.text, &loaded.text);
         let same_text = loaded.text == old.text;
         // A file that it names may have changed all the same.

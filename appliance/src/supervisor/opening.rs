@@ -200,7 +200,13 @@ impl Opening<'_> {
                 }
             },
             What::File(path) => match read_file(path) {
-                Ok(content) => drop(spec.files.insert(path.clone(), Bytes(content))),
+                Ok(content) => {
+                    if let Err(error) = lb::io::check_file(&content) {
+                        let message = format!("{} {error}", path.display());
+                        self.fault(need.span.clone(), &message, &format!("{} names the CA to use", need.key));
+                    }
+                    spec.files.insert(path.clone(), Bytes(content));
+                }
                 Err(error) => {
                     let message = format!("{} cannot be read: {error}", path.display());
                     let help = format!("edged reads it as its own user; look at: ls -l {}", path.display());

@@ -736,6 +736,8 @@ impl Reactor {
             again.push(key);
         }
         if half_closed {
+            // The other side's silence counts from here, not from the last byte.
+            session.last_byte = *now;
             self.arm(key);
         }
     }

@@ -57,9 +57,11 @@ impl Process {
             .arg(worker::ARGUMENT)
             .arg(role.name());
         command.env_clear().stdin(Stdio::from(theirs)).stdout(Stdio::null());
-        // Which tells the worker how to write its log.
-        if let Some(journal) = std::env::var_os("JOURNAL_STREAM") {
-            command.env("JOURNAL_STREAM", journal);
+        // How to write the log, and the keepalive of a test: lb::io::socket::keepalive.
+        for key in ["JOURNAL_STREAM", "EDGED_TEST_KEEPALIVE"] {
+            if let Some(value) = std::env::var_os(key) {
+                command.env(key, value);
+            }
         }
         let mut child = command.spawn()?;
         // It still holds the worker's end, whose closing is how the worker's end is noticed.
