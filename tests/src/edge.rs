@@ -398,13 +398,11 @@ fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, Stri
     node.spawn("edged", command)
 }
 
-/// Adds the control socket to a configuration, at its end so that no line moves.
+/// Adds the control socket to a configuration, at its end so that no line moves; a `[control]` of its own has to be its
+/// last table.
 fn with_socket(config: &str, socket: &Path) -> String {
-    let socket = format!("[control]\nsocket = \"{}\"\n", socket.display());
-    match config.split_once("[control]\n") {
-        Some((before, after)) => format!("{before}{socket}{after}"),
-        None => format!("{config}\n{socket}"),
-    }
+    let table = if config.contains("\n[control]\n") { "" } else { "[control]\n" };
+    format!("{config}\n{table}socket = \"{}\"\n", socket.display())
 }
 
 /// Runs a command to its end, which has to come within `within`.

@@ -180,15 +180,6 @@ impl Etcd {
             .with_context(|| format!("no leader in {answer}"))
     }
 
-    /// The member that sent an answer of the JSON API.
-    pub fn by_answer(&self, answer: &Value) -> Option<&str> {
-        let id = member_id(answer)?;
-        self.members
-            .iter()
-            .find(|member| member.id == id)
-            .map(|member| member.node.name())
-    }
-
     /// `etcdctl` on `node`, speaking to `endpoint`, without a command yet.
     pub fn etcdctl(&self, node: &Node, endpoint: SocketAddr) -> Command {
         let mut command = node.command("etcdctl");

@@ -160,6 +160,7 @@ impl Lab {
             // SAFETY: `set` was initialised above; `signal` outlives the call.
             unsafe { libc::sigwait(&raw const set, &raw mut signal) };
             eprintln!("\ninterrupted: removing the namespaces");
+            netns::close();
             remove(std::process::id());
             std::process::exit(128 + signal);
         });
@@ -289,11 +290,18 @@ fn sweep() {
         let owners: BTreeSet<u32> = names.iter().filter_map(|name| owner(name)).collect();
         for pid in owners {
             // Nothing of this process exists yet, so its own number on a namespace is a predecessor's.
-            if pid == std::process::id() || !Path::new(&format!("/proc/{pid}")).exists() {
+            if pid == std::process::id() || !lives(pid) {
                 remove(pid);
             }
         }
     });
+}
+
+/// Whether a process still does something; one that has ended may wait long for a parent that does not ask.
+fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state stands behind the name, which is in brackets and may hold anything.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// The process that made the namespace `et-PID-SERIAL-NODE` or the directory `et-PID-SERIAL`.

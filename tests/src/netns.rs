@@ -7,6 +7,7 @@ use std::{
     panic,
     path::PathBuf,
     process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
@@ -85,10 +86,14 @@ impl Netns {
     /// Makes `command` run in the namespace.
     pub fn move_command(&self, command: &mut Command) {
         let file = self.file.try_clone().expect("a descriptor can be duplicated");
-        let enter =
-            move || move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from);
-        // SAFETY: between fork and exec, `enter` makes one system call (setns) on a descriptor it owns and touches
-        // neither the heap nor a lock.
+        let enter = move || {
+            if CLOSED.load(Ordering::Relaxed) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from)
+        };
+        // SAFETY: between fork and exec, `enter` reads an atomic and makes one system call (setns) on a descriptor it
+        // owns; it touches neither the heap nor a lock.
         unsafe { command.pre_exec(enter) };
     }
 
@@ -103,6 +108,14 @@ impl Netns {
             inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
         })
     }
+}
+
+/// From now on no process can be started in any namespace of ours.
+static CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Lets no process start in a namespace any more: with whoever starts again what has ended there would be no end.
+pub(crate) fn close() {
+    CLOSED.store(true, Ordering::Relaxed);
 }
 
 impl Drop for Netns {

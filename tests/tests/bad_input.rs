@@ -161,7 +161,7 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
             api,
             &token(&secrets.open),
             &quoted(&secrets.open),
-            &["0644", "chmod 0600"],
+            &["0644", "chmod 600"],
         ),
         case(
             "a secret that is not there",

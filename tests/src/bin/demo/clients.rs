@@ -13,15 +13,16 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use rustls::ClientConfig;
-use serde_json::Value;
+use rustls::{ClientConfig, pki_types::CertificateDer};
 use tests::{
-    Node,
-    edge::find,
-    etcd::{self, Etcd, base64, number},
-    http, process,
+    Node, http, process,
     tls::{self, TlsStream},
 };
+
+use crate::servers::{Seen, Servers, Speech};
+
+/// How long a client waits for an answer before it takes it for lost.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where clients connect to and what they show.
 #[derive(Clone, Debug)]
@@ -29,6 +30,21 @@ pub(crate) struct Way {
     pub(crate) node: Node,
     pub(crate) front: SocketAddr,
     pub(crate) tls: Arc<ClientConfig>,
+    pub(crate) speech: Speech,
+    /// Of each server, with its node's name.
+    pub(crate) certificates: Arc<[(CertificateDer<'static>, String)]>,
+}
+
+impl Way {
+    /// The node of the server that a stream leads to.
+    pub(crate) fn server_of(&self, stream: &TlsStream) -> String {
+        let seen = tls::peer(stream);
+        let known = self
+            .certificates
+            .iter()
+            .find(|(certificate, _)| Some(certificate) == seen.as_ref());
+        known.map_or("an unknown server", |(_, name)| name).to_owned()
+    }
 }
 
 /// Everything that keeps what it is about to log behind one lock.
@@ -52,7 +68,7 @@ pub(crate) struct Put {
     pub(crate) key: u64,
     pub(crate) at: Instant,
     pub(crate) took: Duration,
-    /// The revision it became, or what went wrong.
+    /// Its number among all writes, or what went wrong.
     pub(crate) result: Result<u64, String>,
 }
 
@@ -66,7 +82,7 @@ impl Writer {
                 for key in 1.. {
                     while !stopped.load(Ordering::Relaxed) {
                         let at = Instant::now();
-                        let result = put(&inner, key).map_err(|error| format!("{error:#}"));
+                        let result = inner.speech.put(&inner, key).map_err(|error| format!("{error:#}"));
                         let done = result.is_ok();
                         lock(&writes).push(Put {
                             key,
@@ -97,7 +113,7 @@ impl Writer {
         lock(&self.log).clone()
     }
 
-    /// The newest acknowledged revision.
+    /// The number of the newest acknowledged write.
     pub(crate) fn newest(&self) -> u64 {
         lock(&self.log)
             .iter()
@@ -119,16 +135,6 @@ impl Drop for Writer {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-fn put(way: &Way, key: u64) -> Result<u64> {
-    let body = format!(
-        r#"{{"key":"{}","value":"{}"}}"#,
-        base64(&format!("demo/{key:06}")),
-        base64(&key.to_string())
-    );
-    let answer = etcd::call(&way.tls, way.front, "/v3/kv/put", &body)?;
-    number(&answer, "revision")
 }
 
 /// A watch that sees nothing happen, as most do; begun again when it is cut.
@@ -159,13 +165,13 @@ pub(crate) struct Life {
 }
 
 impl Idle {
-    pub(crate) fn start(way: &Way, etcd: &Arc<Mutex<Etcd>>) -> Self {
+    pub(crate) fn start(way: &Way) -> Self {
         let log: Log<IdleLog> = Log::default();
-        let (lives, inner, etcd) = (Arc::clone(&log), way.clone(), Arc::clone(etcd));
+        let (lives, inner) = (Arc::clone(&log), way.clone());
         way.node.enter(|| {
             thread::spawn(move || {
                 while !lock(&lives).stop {
-                    if let Err(error) = live(&inner, &etcd, &lives) {
+                    if let Err(error) = live(&inner, &lives) {
                         lock(&lives).failures.push((Instant::now(), error.to_string()));
                     }
                     // As clients do: one that comes back in the same instant may meet a server that is still dying,
@@ -213,27 +219,19 @@ impl Drop for Idle {
 }
 
 /// One connection, from its first packet to its end.
-fn live(way: &Way, etcd: &Mutex<Etcd>, log: &Log<IdleLog>) -> io::Result<()> {
+fn live(way: &Way, log: &Log<IdleLog>) -> io::Result<()> {
     let dialled = Instant::now();
-    let stream: TlsStream = tls::connect(way.front, &way.tls, Duration::from_secs(5))?;
-    let socket = stream.sock.try_clone()?;
-    let create = format!(r#"{{"create_request":{{"key":"{}"}}}}"#, base64("quiet"));
-    let mut response = BufReader::new(http::request(
-        stream,
-        "POST",
-        "/v3/watch",
-        &way.front.to_string(),
-        &create,
-    )?);
-    let mut line = String::new();
-    response.read_line(&mut line)?;
-    let answer: Value = serde_json::from_str(&line).map_err(io::Error::other)?;
-    let member = etcd
-        .lock()
-        .expect("no panic while it is held")
-        .by_answer(&answer)
-        .unwrap_or("?")
-        .to_owned();
+    let stream = tls::connect(way.front, &way.tls, PATIENCE)?;
+    let (socket, member) = (stream.sock.try_clone()?, way.server_of(&stream));
+    let (method, path, body) = way.speech.idle();
+    let response = http::request(stream, method, path, &way.front.to_string(), &body)?;
+    if response.status != 200 {
+        return Err(io::Error::other(format!("a watch was answered {}", response.status)));
+    }
+    let mut response = BufReader::new(response);
+    if way.speech.confirms_by_a_line() {
+        response.read_line(&mut String::new())?;
+    }
     // From here on silence is what is expected.
     socket.set_read_timeout(None)?;
     {
@@ -259,8 +257,8 @@ fn live(way: &Way, etcd: &Mutex<Etcd>, log: &Log<IdleLog>) -> io::Result<()> {
     Ok(())
 }
 
-/// `etcdctl watch` on everything the [`Writer`] writes. Should it end, it is started again from the next revision, as
-/// clients of an API server do.
+/// A watching process on everything the [`Writer`] writes. Should it end, it is started again from where it was, as clients
+/// of an API server do.
 #[derive(Debug)]
 pub(crate) struct Watch {
     stop: Arc<AtomicBool>,
@@ -275,21 +273,13 @@ struct WatchLog {
     seen: Vec<Seen>,
 }
 
-/// One event that the watch was told.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Seen {
-    pub(crate) revision: u64,
-    /// The id of the member that told it.
-    pub(crate) member: u64,
-}
-
 impl Watch {
-    pub(crate) fn start(way: &Way, etcd: &Arc<Mutex<Etcd>>) -> Self {
+    pub(crate) fn start(way: &Way, servers: &Arc<Mutex<Servers>>) -> Self {
         let (stop, log) = (Arc::new(AtomicBool::new(false)), Log::<WatchLog>::default());
-        let (stopped, events, way, etcd) = (Arc::clone(&stop), Arc::clone(&log), way.clone(), Arc::clone(etcd));
+        let (stopped, events, way, servers) = (Arc::clone(&stop), Arc::clone(&log), way.clone(), Arc::clone(servers));
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                let _ = watch(&way, &etcd, &events);
+                let _ = watch(&way, &servers, &events);
             }
         });
         Self {
@@ -303,7 +293,7 @@ impl Watch {
         lock(&self.log).seen.clone()
     }
 
-    /// How often `etcdctl` had to be started.
+    /// How often the process had to be started.
     pub(crate) fn starts(&self) -> usize {
         lock(&self.log).starts
     }
@@ -335,14 +325,10 @@ impl Drop for Watch {
     }
 }
 
-/// One run of `etcdctl watch`.
-fn watch(way: &Way, etcd: &Mutex<Etcd>, log: &Log<WatchLog>) -> Result<()> {
-    let next = lock(log).seen.last().map_or(1, |seen| seen.revision + 1);
-    let mut command = etcd
-        .lock()
-        .expect("no panic while it is held")
-        .etcdctl(&way.node, way.front);
-    command.args(["watch", "--prefix", "demo/", "-w", "json", &format!("--rev={next}")]);
+/// One run of the watching process.
+fn watch(way: &Way, servers: &Mutex<Servers>, log: &Log<WatchLog>) -> Result<()> {
+    let last = lock(log).seen.last().map(|seen| seen.number);
+    let mut command = servers.lock().expect("no panic while it is held").watch(way, last);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -355,14 +341,12 @@ fn watch(way: &Way, etcd: &Mutex<Etcd>, log: &Log<WatchLog>) -> Result<()> {
         log.child = Some(child);
     }
     for line in lines {
-        let answer: Value = serde_json::from_str(&line?)?;
-        let member = number(&answer, "member_id")?;
-        for event in find(&answer, "Events").and_then(Value::as_array).into_iter().flatten() {
-            let seen = Seen {
-                revision: number(event, "mod_revision")?,
-                member,
-            };
-            lock(log).seen.push(seen);
+        for seen in way.speech.told(&line?)? {
+            let mut log = lock(log);
+            // One that had to list again is told again what it knows.
+            if log.seen.last().is_none_or(|last| last.number < seen.number) {
+                log.seen.push(seen);
+            }
         }
     }
     if let Some(mut child) = lock(log).child.take() {

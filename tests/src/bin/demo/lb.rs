@@ -1,15 +1,16 @@
-//! Part `lb`: three etcd members behind `edged`, clients of every kind before it, and one fault after the other.
+//! Part `lb`: three servers behind `edged`, clients of every kind before it, and one fault after the other.
 //!
 //! ```text
 //!                                                                        ┌─ cp1 etcd [fd00::11]:2379
 //! client (fd00::2) ── hub ── edge (fd00::10): edged [fd00::10]:6443 ─────┼─ cp2 etcd [fd00::12]:2379
 //!  new connections, puts, watches      tcpdump on both legs              └─ cp3 etcd [fd00::13]:2379
 //! ```
-//! etcd stands where API servers stand: TLS passed through, client certificates, long watches, short calls.
+//! etcd stands where API servers stand: TLS passed through, client certificates, long watches, short calls. With
+//! `KUBE_BIN_DIR`, real API servers stand there, each beside its etcd.
 
 use std::{
-    net::TcpListener,
-    sync::{Arc, Mutex},
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -18,7 +19,6 @@ use rustix::process::Signal;
 use tests::{
     Edge, Lab, Node,
     capture::Capture,
-    etcd::{CLIENT_PORT, Etcd},
     load::{End, Load},
     process, tls, wait_for, wait_until,
     world::PORT,
@@ -28,6 +28,7 @@ use crate::{
     Mark, Story,
     clients::{Idle, Life, Watch, Way, Writer},
     human,
+    servers::Servers,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -58,8 +59,9 @@ struct Stage {
     idles: Vec<Idle>,
     capture: Capture,
     edge: Edge,
-    etcd: Arc<Mutex<Etcd>>,
+    servers: Arc<Mutex<Servers>>,
     way: Way,
+    config: Configuration,
     /// The server that was killed.
     killed: usize,
     node: Node,
@@ -70,37 +72,26 @@ impl Stage {
     fn build(story: &mut Story) -> Result<Self> {
         let lab = Lab::alone()?;
         let (client, node) = (lab.node("client", 2)?, lab.node("edge", 10)?);
-        story.event("three etcd members start, each in a namespace of its own");
-        let etcd = Etcd::start(&lab, &[node.ip()])?;
-        let way = Way {
-            node: client,
-            front: node.at(PORT),
-            tls: Arc::clone(&etcd.client),
-        };
-        let certificates: Vec<_> = etcd
-            .members
-            .iter()
-            .map(|member| (member.certificate().clone(), member.node.name().to_owned()))
-            .collect();
-        let etcd = Arc::new(Mutex::new(etcd));
-        story.event(format!("edged starts before them and listens on {}", way.front));
-        let capture = node.capture(&format!("tcp port {PORT} or tcp port {CLIENT_PORT}"))?;
-        let edge = Edge::start(&node, &config(&node, &backends(&etcd), "1s", ""))?;
+        story.event("three servers start, each in a namespace of its own");
+        let servers = Servers::start(&lab, &node)?;
+        story.note(servers.describe()?);
+        let (speech, way) = (servers.speech(), servers.way(client, node.at(PORT)));
+        story.event(format!("edged starts in front of them and listens on {}", way.front));
+        let capture = node.capture(&format!("tcp port {PORT} or tcp port {}", speech.port()))?;
+        let config = Configuration::of(&node, &servers);
+        let edge = Edge::start(&node, &config.with("1s", ""))?;
+        let servers = Arc::new(Mutex::new(servers));
         story.event(format!(
-            "clients come: {PROBES} new TLS connections and 10 writes a second, etcdctl watch, {IDLES} idle watches"
+            "clients come: {PROBES} new TLS connections and 10 writes a second, {}, {IDLES} idle watches",
+            speech.watcher()
         ));
-        let (target, tls) = (way.front, Arc::clone(&way.tls));
+        let inner = way.clone();
         let prober = Load::start(&way.node, way.front, PROBES, PATIENCE, move |stream| {
-            let stream = tls::handshake(stream, target, &tls)?;
-            let seen = tls::peer(&stream);
-            let member = certificates
-                .iter()
-                .find(|(certificate, _)| Some(certificate) == seen.as_ref());
-            Ok(member.map_or("an unknown server", |(_, name)| name).to_owned())
+            Ok(inner.server_of(&tls::handshake(stream, inner.front, &inner.tls)?))
         });
         let writer = Writer::start(&way, Duration::from_millis(100));
-        let watch = Watch::start(&way, &etcd);
-        let idles: Vec<Idle> = (0..IDLES).map(|_| Idle::start(&way, &etcd)).collect();
+        let watch = Watch::start(&way, &servers);
+        let idles: Vec<Idle> = (0..IDLES).map(|_| Idle::start(&way)).collect();
         let stage = Self {
             prober,
             writer,
@@ -108,8 +99,9 @@ impl Stage {
             idles,
             capture,
             edge,
-            etcd,
+            servers,
             way,
+            config,
             killed: 0,
             node,
             _lab: lab,
@@ -123,8 +115,8 @@ impl Stage {
     fn settle(&self) -> Result<()> {
         self.settle_idles()?;
         let newest = self.writer.newest();
-        wait_until("etcdctl watch sees the newest write", PATIENCE, || {
-            self.writer.newest() > newest && self.watch.seen().last().is_some_and(|seen| seen.revision > newest)
+        wait_until("the watch sees a newer write", PATIENCE, || {
+            self.watch.seen().last().is_some_and(|seen| seen.number > newest)
         })?;
         self.more(PROBES as usize)
     }
@@ -159,31 +151,26 @@ impl Stage {
         format!("idle watches: {}", counts.join(", "))
     }
 
-    /// The server that tells `etcdctl watch` its events.
-    fn watched(&self) -> Result<usize> {
-        let id = self
-            .watch
-            .seen()
-            .last()
-            .context("etcdctl watch has seen something")?
-            .member;
-        let etcd = self.etcd.lock().expect("no panic while it is held");
-        etcd.members
-            .iter()
-            .position(|member| member.id() == id)
-            .context("one of the three")
+    fn servers(&self) -> MutexGuard<'_, Servers> {
+        self.servers.lock().expect("no panic while it is held")
+    }
+
+    /// The server that tells the watch its events, where it says so.
+    fn watched(&self) -> Option<usize> {
+        let last = self.watch.seen().last().copied()?;
+        self.servers().teller(last)
     }
 
     fn kill_a_server(&mut self, story: &mut Story) -> Result<()> {
-        let watched = self.watched()?;
-        let leader = self.etcd.lock().expect("no panic while it is held").leader()?;
-        // A follower, so that writes go on, and not the one that etcdctl watches: its turn comes later.
+        let speech = self.way.speech;
+        let spared = [self.watched(), self.servers().leader()?];
+        // One that leads nobody, so that writes go on, and not the one the watch is on: its turn comes later.
         self.killed = (0..3)
-            .find(|index| *index != watched && *index != leader)
+            .find(|index| !spared.contains(&Some(*index)))
             .context("three servers")?;
         let name = name_of(self.killed);
-        let mark = story.event(format!("(a) kill -9 etcd on {name}"));
-        self.etcd.lock().expect("no panic while it is held").members[self.killed].kill();
+        let mark = story.event(format!("(a) kill -9 {} on {name}", speech.server()));
+        self.servers().kill(self.killed);
         let dead = Mark::now();
         let cut = self.wait_for_moved(mark, &name)?;
         self.more(3 * PROBES as usize)?;
@@ -208,12 +195,8 @@ impl Stage {
 
     fn bring_it_back(&mut self, story: &mut Story) -> Result<()> {
         let name = name_of(self.killed);
-        story.event(format!("(b) etcd on {name} starts again"));
-        {
-            let mut etcd = self.etcd.lock().expect("no panic while it is held");
-            etcd.members[self.killed].start()?;
-            etcd.wait_until_serving(self.killed)?;
-        }
+        story.event(format!("(b) {} on {name} starts again", self.way.speech.server()));
+        self.servers().bring_back(self.killed)?;
         let back = Mark::now();
         let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || {
             self.served_by(&name, back)
@@ -232,8 +215,8 @@ impl Stage {
         );
         // By the fewest sessions all new connections would go to this server alone, and the next fault not be met.
         let before = self.idles.len();
-        while self.idles.len() < before + IDLES && !self.even()? {
-            self.idles.push(Idle::start(&self.way, &self.etcd));
+        while self.idles.len() < before + IDLES && !self.even() {
+            self.idles.push(Idle::start(&self.way));
             self.settle_idles()?;
         }
         story.note(format!(
@@ -244,21 +227,37 @@ impl Stage {
         Ok(())
     }
 
-    /// Whether every server has as many watches.
-    fn even(&self) -> Result<bool> {
+    /// Watches per server, the long one included where it is known.
+    fn counts(&self) -> [usize; 3] {
         let mut counts = [0; 3];
-        counts[self.watched()?] += 1;
-        for name in self.idles.iter().filter_map(Idle::member) {
-            counts[(0..3)
-                .find(|index| name_of(*index) == name)
-                .context("one of the three")?] += 1;
+        if let Some(watched) = self.watched() {
+            counts[watched] += 1;
         }
-        Ok(counts[0] == counts[1] && counts[1] == counts[2])
+        for name in self.idles.iter().filter_map(Idle::member) {
+            counts
+                .iter_mut()
+                .zip(0..)
+                .filter(|(_, index)| name_of(*index) == name)
+                .for_each(|(count, _)| *count += 1);
+        }
+        counts
+    }
+
+    /// Whether every server has as many watches as the others, as far as is known.
+    fn even(&self) -> bool {
+        let counts = self.counts();
+        let most = counts.iter().max().copied().unwrap_or_default();
+        let unknown = usize::from(self.watched().is_none());
+        counts.iter().all(|count| count + unknown >= most)
     }
 
     fn blackhole_a_server(&mut self, story: &mut Story) -> Result<()> {
         self.settle()?;
-        let index = self.watched()?;
+        // The one the watch is on, so that the watch is cut too; else the one that gets the next connections.
+        let counts = self.counts();
+        let fewest = (0..3).min_by_key(|index| counts[*index]).context("three servers")?;
+        let watched = self.watched();
+        let index = watched.unwrap_or(fewest);
         let name = name_of(index);
         let before = self.watch.socket(self.way.front);
         let address = self.node_of(index).ip();
@@ -268,9 +267,11 @@ impl Stage {
         let hole = self.node.blackhole(&[address])?;
         let dark = Mark::now();
         let cut = self.wait_for_moved(mark, &name)?;
-        wait_until("etcdctl watch is on another socket", PATIENCE, || {
-            self.watch.socket(self.way.front).is_some_and(|now| Some(now) != before)
-        })?;
+        if watched.is_some() {
+            wait_until("the watch is on another socket", PATIENCE, || {
+                self.watch.socket(self.way.front).is_some_and(|now| Some(now) != before)
+            })?;
+        }
         self.more(3 * PROBES as usize)?;
         let end = Mark::now();
         let report = self.prober.so_far().between(dark.at, end.at);
@@ -315,8 +316,9 @@ impl Stage {
 
     fn reload(&mut self, story: &mut Story) -> Result<()> {
         let front = self.way.front;
-        let socket = self.watch.socket(front).context("etcdctl watch is connected")?;
-        let begin = story.event(format!("(e) five reloads while etcdctl watch lives on {socket}"));
+        let watcher = self.way.speech.watcher();
+        let socket = self.watch.socket(front).context("the watch is connected")?;
+        let begin = story.event(format!("(e) five reloads while {watcher} lives on {socket}"));
         let ends = |stage: &Self| -> usize {
             stage
                 .idles
@@ -326,12 +328,8 @@ impl Stage {
                 .count()
         };
         let ended = ends(self);
-        let backends = backends(&self.etcd);
-        let more = format!(
-            "[[lb.frontend]]\nname = \"second\"\nlisten = [\"{}\"]\nbackends = {backends:?}\n",
-            self.node.at(7443)
-        );
-        self.edge.reload(&config(&self.node, &backends, "1s", &more))?;
+        self.edge
+            .reload(&self.config.with("1s", &self.config.second(self.node.at(7443))))?;
         let second = self.node.at(7443);
         let open = || self.way.node.enter(|| std::net::TcpStream::connect(second)).is_ok();
         let took = wait_until("the second listener is open", PATIENCE, open);
@@ -339,7 +337,7 @@ impl Stage {
             .as_ref()
             .map_or_else(ToString::to_string, |took| format!("in effect after {}", human(*took)));
         story.claim(took.is_ok(), format!("SIGHUP, a file with a second listener: {words}"));
-        let said = self.edge.apply(&config(&self.node, &backends, "900ms", ""))?;
+        let said = self.edge.apply(&self.config.with("900ms", ""))?;
         story.claim(
             said.code == Some(0),
             format!(
@@ -349,7 +347,7 @@ impl Stage {
         );
         let closed = wait_until("the second listener is closed", PATIENCE, || !open());
         story.claim(closed.is_ok(), "and it refuses connections again");
-        let good = config(&self.node, &backends, "900ms", "");
+        let good = self.config.with("900ms", "");
         let taken = self.node.enter(|| TcpListener::bind(self.node.at(7000)))?;
         let faulty = [
             ("does not parse", good.replace("name = \"api\"", "name = \"api")),
@@ -379,9 +377,7 @@ impl Stage {
         drop(taken);
         self.more(PROBES as usize)?;
         let seen = self.watch.seen().len();
-        wait_until("etcdctl watch sees more", PATIENCE, || {
-            self.watch.seen().len() > seen + 3
-        })?;
+        wait_until("the watch sees more", PATIENCE, || self.watch.seen().len() > seen + 3)?;
         let end = Mark::now();
         let now = self.watch.socket(front);
         let wire = self
@@ -394,7 +390,7 @@ impl Stage {
         story.claim(
             now == Some(socket) && broken.packets.is_empty() && payload > 0,
             format!(
-                "etcdctl watch is still on {}: {} packets with {payload} bytes on the wire, {} of them SYN, FIN or RST",
+                "{watcher} is still on {}: {} packets with {payload} bytes on the wire, {} of them SYN, FIN or RST",
                 now.map_or_else(|| "no socket".to_owned(), |now| now.to_string()),
                 wire.packets.len(),
                 broken.packets.len()
@@ -461,14 +457,15 @@ impl Stage {
     }
 
     fn judge_the_watch(&mut self, story: &mut Story) -> Result<()> {
-        story.event("(f) what has etcdctl watch seen?");
+        let watcher = self.way.speech.watcher();
+        story.event(format!("(f) what has {watcher} seen?"));
         self.writer.stop();
         let newest = self.writer.newest();
-        let complete = wait_until("etcdctl watch sees the newest write", PATIENCE, || {
-            self.watch.seen().last().is_some_and(|seen| seen.revision >= newest)
+        let complete = wait_until("the watch sees the newest write", PATIENCE, || {
+            self.watch.seen().last().is_some_and(|seen| seen.number >= newest)
         });
         self.watch.stop();
-        let revisions: Vec<u64> = self.watch.seen().iter().map(|seen| seen.revision).collect();
+        let revisions: Vec<u64> = self.watch.seen().iter().map(|seen| seen.number).collect();
         let gaps = revisions.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
         let (first, last) = (
             revisions.first().copied().unwrap_or(0),
@@ -484,16 +481,17 @@ impl Stage {
             .filter(|revision| !revisions.contains(revision))
             .count();
         story.claim(
-            complete.is_ok() && gaps == 0 && missed == 0 && first == 2,
+            complete.is_ok() && gaps == 0 && missed == 0 && first == self.way.speech.first(),
             format!(
-                "every revision from {first} to {last}, {gaps} gaps; {missed} of {} acknowledged writes missed",
+                "every {} from {first} to {last}, {gaps} gaps; {missed} of {} acknowledged writes missed",
+                self.way.speech.unit(),
                 acknowledged.len()
             ),
         );
         let flows = self.capture.so_far()?.flows();
         let front: Vec<_> = flows.iter().filter(|flow| flow.server == self.way.front).collect();
         story.note(format!(
-            "etcdctl was started {} time(s); {} of {} writes needed a second attempt",
+            "{watcher} was started {} time(s); {} of {} writes needed a second attempt",
             self.watch.starts(),
             puts.iter().filter(|put| put.result.is_err()).count(),
             acknowledged.len()
@@ -510,7 +508,7 @@ impl Stage {
     }
 
     fn why(&self, story: &mut Story) -> Result<()> {
-        let address = self.node_of(self.killed).at(CLIENT_PORT);
+        let address = self.node_of(self.killed).at(self.way.speech.port());
         story.event(format!("edgectl lb why {address}"));
         let said = self.edge.ctl(&["lb", "why", &address.to_string()])?;
         story.note(said.out.trim_end());
@@ -522,9 +520,7 @@ impl Stage {
     }
 
     fn node_of(&self, index: usize) -> Node {
-        self.etcd.lock().expect("no panic while it is held").members[index]
-            .node
-            .clone()
+        self.servers().node(index)
     }
 
     /// When `name` has served a connection that began after `from`.
@@ -622,32 +618,48 @@ fn name_of(index: usize) -> String {
     format!("cp{}", index + 1)
 }
 
-fn backends(etcd: &Mutex<Etcd>) -> Vec<String> {
-    let etcd = etcd.lock().expect("no panic while it is held");
-    etcd.members
-        .iter()
-        .map(|member| member.node.at(CLIENT_PORT).to_string())
-        .collect()
+/// The configurations of the story.
+struct Configuration {
+    front: SocketAddr,
+    backends: String,
+    check: String,
 }
 
-/// The configuration: passive detection does the work; the active check, slow on purpose, ends a ban early.
-fn config(node: &Node, backends: &[String], connect_timeout: &str, more: &str) -> String {
-    format!(
-        r#"version = 1
+impl Configuration {
+    fn of(node: &Node, servers: &Servers) -> Self {
+        let backends: Vec<String> = servers.addresses().iter().map(ToString::to_string).collect();
+        Self {
+            front: node.at(PORT),
+            backends: format!("{backends:?}"),
+            check: servers.check(),
+        }
+    }
+
+    /// Passive detection does the work; the active check, slow on purpose, ends a ban early.
+    fn with(&self, connect_timeout: &str, more: &str) -> String {
+        let Self { front, backends, check } = self;
+        format!(
+            r#"version = 1
 
 [[lb.frontend]]
 name = "api"
 kind = "api"
-listen = ["{}"]
+listen = ["{front}"]
 balance = "least-connections"
 connect_timeout = "{connect_timeout}"
-backends = {backends:?}
+backends = {backends}
 [lb.frontend.health]
 max_fails = 2
 fail_timeout = "5s"
-active = {{ kind = "tcp", interval = "2s", rise = 2, fall = 3 }}
+active = {{ {check}, interval = "2s", rise = 2, fall = 3 }}
 
-{more}"#,
-        node.at(PORT)
-    )
+{more}"#
+        )
+    }
+
+    /// A second frontend at `listen`, for [`Configuration::with`].
+    fn second(&self, listen: SocketAddr) -> String {
+        let backends = &self.backends;
+        format!("[[lb.frontend]]\nname = \"second\"\nlisten = [\"{listen}\"]\nbackends = {backends}\n")
+    }
 }

@@ -5,6 +5,7 @@
 
 mod clients;
 mod lb;
+mod servers;
 
 use std::{
     fmt::Display,
