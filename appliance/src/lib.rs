@@ -1,17 +1,17 @@
 //! The appliance: `edged` (supervisor and workers) and `edgectl`.
 
 pub mod api;
+pub mod channel;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod control;
-pub mod metrics;
-pub mod store;
-pub mod web;
-pub mod client;
-pub mod cli;
 pub mod doctor;
-pub mod channel;
 pub mod log;
+pub mod metrics;
 pub mod notify;
 pub mod sandbox;
+pub mod store;
 pub mod supervisor;
+pub mod web;
 pub mod worker;

@@ -649,7 +649,10 @@ impl FromStr for Address {
         if let Ok(address) = text.parse::<SocketAddr>() {
             return Ok(Self::Ip(address));
         }
-        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+        let bare = text
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'))
+            .unwrap_or(text);
         if bare.parse::<IpAddr>().is_ok() {
             return Err(format!(
                 "\"{text}\" has no port; write HOST:PORT, an IPv6 address in brackets: \"[fd00::11]:6443\""

@@ -154,7 +154,7 @@ fn cases(world: &World, secrets: &Secrets) -> Vec<Case> {
             api,
             &check(&secrets.garbage),
             &quoted(&secrets.garbage),
-            &["PEM"],
+            &["holds no certificate", "names the CA"],
         ),
         case(
             "a secret that all can read",

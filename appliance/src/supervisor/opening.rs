@@ -203,7 +203,11 @@ impl Opening<'_> {
                 Ok(content) => {
                     if let Err(error) = lb::io::check_file(&content) {
                         let message = format!("{} {error}", path.display());
-                        self.fault(need.span.clone(), &message, &format!("{} names the CA to use", need.key));
+                        self.fault(
+                            need.span.clone(),
+                            &message,
+                            &format!("{} names the CA to use", need.key),
+                        );
                     }
                     spec.files.insert(path.clone(), Bytes(content));
                 }
