@@ -401,7 +401,11 @@ fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, Stri
 /// Adds the control socket to a configuration, at its end so that no line moves; a `[control]` of its own has to be its
 /// last table.
 fn with_socket(config: &str, socket: &Path) -> String {
-    let table = if config.contains("\n[control]\n") { "" } else { "[control]\n" };
+    let table = if config.contains("\n[control]\n") {
+        ""
+    } else {
+        "[control]\n"
+    };
     format!("{config}\n{table}socket = \"{}\"\n", socket.display())
 }
 

@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -19,6 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::{
     netns::{self, Netns},
     process::Process,
+    wait_until,
 };
 
 /// Where every node finds the others: a bridge that hands packets on, in a namespace of its own.
@@ -135,6 +137,11 @@ impl Lab {
             node.ip(),
             node.ip4()
         ))?;
+        // The kernel tells the bridge of the new carrier when it sees fit, which may be a second later.
+        wait_until(&format!("{name} is connected"), Duration::from_secs(5), || {
+            let shown = netns::run(Command::new("ip").args(["-n", hub.name(), "-d", "link", "show", "dev", name]));
+            shown.is_ok_and(|shown| shown.contains("state forwarding"))
+        })?;
         nodes.insert(name.to_owned(), node.clone());
         Ok(node)
     }
@@ -301,7 +308,8 @@ fn sweep() {
 fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The state stands behind the name, which is in brackets and may hold anything.
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// The process that made the namespace `et-PID-SERIAL-NODE` or the directory `et-PID-SERIAL`.
