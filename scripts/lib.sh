@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Debian packages, by what calls them.
 packages=(
   ca-certificates gcc libc6-dev                             # the build: rustc's linker, aws-lc-rs's C and assembly
-  iproute2 nftables procps strace tcpdump util-linux        # the lab: namespaces, faults, captures, counted system calls
+  iproute2 netbase nftables procps strace tcpdump util-linux  # the lab: namespaces, faults (by protocol name), captures
   mmdebstrap openssh-client systemd-container               # nodes: Debian under systemd-nspawn, reached over SSH
   etcd-client etcd-server                                   # the demo's Kubernetes-like world
   haproxy libnginx-mod-stream nginx                         # peers, measured and compared beside us

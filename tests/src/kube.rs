@@ -71,8 +71,13 @@ impl Kube {
         let ca_file = directory.join("kube-ca.crt");
         ca.write(&ca_file)?;
         // Signs service account tokens; nobody asks for one here, but there is no server without it.
-        let signer = directory.join("service-accounts.key");
-        fs::write(&signer, KeyPair::generate()?.serialize_pem())?;
+        let (signer, verifier) = (
+            directory.join("service-accounts.key"),
+            directory.join("service-accounts.pub"),
+        );
+        let key = KeyPair::generate()?;
+        fs::write(&signer, key.serialize_pem())?;
+        fs::write(&verifier, key.public_key_pem())?;
         let admin = ca.issue("admin", Some("system:masters"), &[], &[])?;
         let client_files = admin.write(&directory.join("kube-admin"))?;
         let members: Vec<String> = etcd
@@ -99,7 +104,7 @@ impl Kube {
                 ("authorization-mode", "RBAC".to_owned()),
                 ("service-cluster-ip-range", "fd00:1::/112".to_owned()),
                 ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
-                ("service-account-key-file", signer.display().to_string()),
+                ("service-account-key-file", verifier.display().to_string()),
                 ("service-account-signing-key-file", signer.display().to_string()),
             ];
             servers.push(Server {
@@ -138,28 +143,26 @@ impl Kube {
     /// # Errors
     ///
     /// If it does not; the message has its last words.
-    pub fn wait_until_ready(&self, index: usize) -> Result<()> {
-        let server = &self.servers[index];
-        let target = server.node.at(API_PORT);
+    pub fn wait_until_ready(&mut self, index: usize) -> Result<()> {
+        let Self { servers, client, .. } = self;
+        let server = &mut servers[index];
+        let (node, target) = (server.node.clone(), server.node.at(API_PORT));
+        let process = server.process.as_mut().context("it was started")?;
         let ready = || -> Result<bool> {
-            let stream = server
-                .node
-                .enter(|| tls::connect(target, &self.client, Duration::from_secs(5)))?;
+            let stream = node.enter(|| tls::connect(target, client, Duration::from_secs(5)))?;
             Ok(http::request(stream, "GET", "/readyz", &target.to_string(), "")?.status == 200)
         };
-        // Three of them compile their schemas on the same few cores.
-        wait_until(
-            &format!("kube-apiserver on {} is ready", server.node.name()),
-            Duration::from_secs(120),
-            || ready().is_ok_and(|ready| ready),
-        )
-        .with_context(|| {
-            server
-                .process
-                .as_ref()
-                .map(|process| crate::process::tail(&process.log(), 15))
-                .unwrap_or_default()
-        })?;
+        // Three of them start at once on the same few cores.
+        let what = format!("kube-apiserver on {} is ready", node.name());
+        let waited = wait_until(&what, Duration::from_secs(120), || {
+            ready().is_ok_and(|ready| ready) || !process.running()
+        });
+        waited.with_context(|| crate::process::tail(&process.log(), 15))?;
+        ensure!(
+            process.running(),
+            "kube-apiserver ended:\n{}",
+            crate::process::tail(&process.log(), 15)
+        );
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -19,6 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::{
     netns::{self, Netns},
     process::Process,
+    wait_until,
 };
 
 /// Where every node finds the others: a bridge that hands packets on, in a namespace of its own.
@@ -135,6 +137,11 @@ impl Lab {
             node.ip(),
             node.ip4()
         ))?;
+        // The kernel tells the bridge of the new carrier when it sees fit, which may be a second later.
+        wait_until(&format!("{name} is connected"), Duration::from_secs(5), || {
+            let shown = netns::run(Command::new("ip").args(["-n", hub.name(), "-d", "link", "show", "dev", name]));
+            shown.is_ok_and(|shown| shown.contains("state forwarding"))
+        })?;
         nodes.insert(name.to_owned(), node.clone());
         Ok(node)
     }

@@ -195,7 +195,7 @@ impl Stage {
 
     fn bring_it_back(&mut self, story: &mut Story) -> Result<()> {
         let name = name_of(self.killed);
-        story.event(format!("(b) {} on {name} starts again", self.way.speech.server()));
+        let begin = story.event(format!("(b) {} on {name} starts again", self.way.speech.server()));
         self.servers().bring_back(self.killed)?;
         let back = Mark::now();
         let served = wait_for(&format!("{name} serves a new connection"), PATIENCE, || {
@@ -208,7 +208,7 @@ impl Stage {
             format!("{name} serves new connections {} after it was ready", human(took)),
         );
         self.more(PROBES as usize)?;
-        let report = self.prober.so_far().between(back.at, std::time::Instant::now());
+        let report = self.prober.so_far().between(begin.at, Mark::now().at);
         story.claim(
             report.failures().is_empty(),
             format!("its return hurt nobody: {}", report.summary()),
