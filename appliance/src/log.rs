@@ -247,8 +247,7 @@ mod tests {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let kept = Kept(Lines { role: "lb", journal }, json, Arc::clone(&lines));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(kept), what);
-        let lines = lines.lock().expect("not poisoned").clone();
-        lines
+        lines.lock().expect("not poisoned").clone()
     }
 
     #[test]

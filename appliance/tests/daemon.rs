@@ -453,11 +453,14 @@ impl Drop for Edge {
     }
 }
 
+/// Descriptors by the name they were stored under.
+type Kept = Arc<Mutex<Vec<(String, Arc<OwnedFd>)>>>;
+
 /// What a service manager does: reads notifications, keeps descriptors.
 struct Manager {
     path: PathBuf,
     said: Arc<Mutex<Vec<String>>>,
-    store: Arc<Mutex<Vec<(String, Arc<OwnedFd>)>>>,
+    store: Kept,
 }
 
 impl Manager {

@@ -430,9 +430,9 @@ mod tests {
     #[test]
     fn a_listener_has_a_socket_per_thread_and_keeps_them() {
         let address = free();
-        let first = open(&loaded(&text(address)), 3, &Sockets::new()).ok().expect("opened");
+        let first = open(&loaded(&text(address)), 3, &Sockets::new()).expect("opened");
         assert_eq!(first.lb.sockets.0[&address].len(), 3);
-        let again = open(&loaded(&text(address)), 3, &first.sockets()).ok().expect("opened");
+        let again = open(&loaded(&text(address)), 3, &first.sockets()).expect("opened");
         assert!(again.lb == first.lb);
     }
 
@@ -536,9 +536,9 @@ mod tests {
         };
         let adopted = passed(2);
         assert_eq!(adopted.stale(&adopted.sockets), Vec::<String>::new());
-        let opened = open(&loaded(&text(address)), 2, &adopted.sockets).ok().expect("opened");
+        let opened = open(&loaded(&text(address)), 2, &adopted.sockets).expect("opened");
         assert_eq!(adopted.stale(&opened.sockets()), [notify::name_of(other)]);
-        let fewer = open(&loaded(&text(address)), 1, &adopted.sockets).ok().expect("opened");
+        let fewer = open(&loaded(&text(address)), 1, &adopted.sockets).expect("opened");
         let mut stale = vec![name, notify::name_of(other)];
         stale.sort();
         assert_eq!(adopted.stale(&fewer.sockets()), stale);
