@@ -108,13 +108,22 @@ impl Edge {
     fn wait_until_serving(&self) -> Result<()> {
         wait_until("edged serves", Duration::from_secs(10), || {
             let running = self.process.lock().is_ok_and(|mut process| process.running());
-            !running || self.worker("lb").is_ok()
+            !running || self.serves().is_ok_and(|serves| serves)
         })
         .with_context(|| process::tail(&self.log(), 20))?;
-        if self.worker("lb").is_err() {
+        if !self.serves()? {
             bail!("edged ended at once:\n{}", process::tail(&self.log(), 20));
         }
         Ok(())
+    }
+
+    /// Whether every worker runs and the configuration is kept: what `edged` tells a service manager as "ready".
+    fn serves(&self) -> Result<bool> {
+        let status = self.status()?;
+        let kept = find(&status, "revision")
+            .and_then(Value::as_u64)
+            .is_some_and(|revision| revision > 0);
+        Ok(kept && self.workers()?.iter().all(|worker| worker["state"] == "running"))
     }
 
     /// What `edged` and its workers have logged.
