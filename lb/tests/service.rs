@@ -375,7 +375,7 @@ impl Balancer {
                     commands: receiver,
                     commits: commit_sender,
                 };
-                lb::io::run(config, opened, Vec::new(), state, 2, links)
+                lb::io::run(config, opened, Vec::new(), state, 2, links, None)
                     .await
                     .expect("it runs");
             });

@@ -25,7 +25,7 @@ pub(super) async fn run(
         commands: to_balancer,
         commits,
     };
-    let serving = lb::io::run(config, opened, start.drains, state.pop(), start.threads, links);
+    let serving = lb::io::run(config, opened, start.drains, state.pop(), start.threads, links, None);
     let mut serving = std::pin::pin!(serving);
     let conversation = converse(channel, said, commands, from_balancer);
     let mut conversation = std::pin::pin!(conversation);

@@ -77,11 +77,43 @@ pub enum Command {
     },
     /// Answered only while every data thread makes progress.
     Ping(oneshot::Sender<()>),
+    /// Hand everything over to a successor: sessions, pools, listeners are frozen meanwhile.
+    HandOver {
+        /// Where the pieces go, one at a time (capacity 1). The sender is dropped when all are out; the last part says in
+        /// its own body that it is the last.
+        parts: mpsc::Sender<Part>,
+        /// Sent: the successor serves, and the service ends its `run` with `Ok` without touching a connection.
+        /// Dropped: it goes on as if nothing had been.
+        commit: oneshot::Receiver<()>,
+    },
     /// Stop accepting, let sessions end for at most `grace`, return.
     Stop {
         /// How long sessions may go on.
         grace: Duration,
     },
+}
+
+/// One piece of what a service hands to its successor: a body only the service itself understands, and descriptors.
+#[derive(Debug)]
+pub struct Part {
+    /// In the service's own format, which carries its own version.
+    pub body: Vec<u8>,
+    /// What the body refers to, in its order.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// What a service that takes over from a running predecessor is given.
+///
+/// If `parts` ends without the last part, or `committed` is dropped, `run` ends with an error and touches nothing. The
+/// first [`Command::Ping`] is answered only when it serves.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// The pieces, in the order they were sent.
+    pub parts: mpsc::Receiver<Part>,
+    /// To be sent when every part is taken in and nothing has been started.
+    pub ready: oneshot::Sender<()>,
+    /// Sent: start serving.
+    pub committed: oneshot::Receiver<()>,
 }
 
 /// The running service's links to the supervisor.

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Command, Commit, Drain, Links, Opened, check, clock,
+    Command, Commit, Drain, Inheritance, Links, Opened, check, clock,
     frontend::{Frontend, Memory},
     healthz,
     memory::MemoryFile,
@@ -42,6 +42,9 @@ pub enum Error {
     /// The first configuration could not be put into effect.
     #[error("the configuration cannot be put into effect: {0}")]
     Config(String),
+    /// The predecessor did not hand over, or nobody committed; it goes on.
+    #[error("nothing was taken over: {0}")]
+    HandOver(&'static str),
 }
 
 /// Whether `content` can serve as the file that `config` names at `path`; the supervisor asks before it passes it on.
@@ -68,7 +71,11 @@ pub async fn run(
     state: Option<OwnedFd>,
     threads: u16,
     links: Links,
+    inheritance: Option<Inheritance>,
 ) -> Result<(), Error> {
+    if inheritance.is_some() {
+        return Err(Error::HandOver("this balancer takes no sessions over"));
+    }
     let threads = Threads::new(threads.max(1)).map_err(Error::Threads)?;
     let memory = state.and_then(|fd| {
         MemoryFile::new(fd)
@@ -183,7 +190,8 @@ impl Service {
                     let _ = reply.send(());
                 }
             }
-            Command::Stop { .. } => {}
+            // Dropping both ends refuses.
+            Command::HandOver { .. } | Command::Stop { .. } => {}
         }
     }
 
