@@ -79,7 +79,7 @@ pub struct Config {
 pub struct Frontend {
     /// Its name in status, metrics and commands: letters, digits, `-` and `_`.
     pub name: At<String>,
-    /// What is balanced; sets the defaults of `idle_timeout` and `on_down`. Default: "tcp".
+    /// What is balanced; sets the defaults of `idle_timeout`, `on_down` and `shed`. Default: "tcp".
     #[serde(default)]
     pub kind: Kind,
     /// Addresses to accept on. IPv4 and IPv6 are separate listeners.
@@ -101,9 +101,83 @@ pub struct Frontend {
     pub on_down: Option<OnDown>,
     /// Where connections go: `"[fd00::11]:6443"`, or `{ address = "cp3.fleet:6443", weight = 5, backup = true }`.
     pub backends: At<Vec<At<Backend>>>,
+    /// The PROXY header that each connection to a backend begins with, so that it learns the client's address. Default: none.
+    #[serde(default)]
+    pub proxy_protocol: Option<At<ProxyVersion>>,
+    /// Connections begin with a PROXY header, which names the client. Default: they do not.
+    #[serde(default)]
+    pub accept_proxy: Option<At<AcceptProxy>>,
+    /// When a backend is silent for this long on a connect, the next one is tried at the same time and the first to
+    /// accept wins; or "none". Default: 250ms.
+    #[serde(default)]
+    pub hedge: Option<At<Timeout>>,
+    /// Moves surplus sessions off loaded backends after another one has come back. Default: true for api, else false.
+    #[serde(default)]
+    pub shed: Option<At<bool>>,
+    /// Who may connect, and how much.
+    #[serde(default)]
+    pub limits: Limits,
     /// When a backend is healthy.
     #[serde(default)]
     pub health: Health,
+}
+
+/// A version of the PROXY protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProxyVersion {
+    /// One line of text.
+    V1,
+    /// Binary, with TLVs.
+    V2,
+}
+
+/// Whose connections begin with a PROXY header.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AcceptProxy {
+    /// The proxies in front of this listener, as CIDRs; connections from elsewhere are refused.
+    pub from: At<Vec<At<Cidr>>>,
+    /// What is done about a missing header. Default: "required".
+    #[serde(default)]
+    pub mode: AcceptMode,
+    /// How long the whole header may take. Default: 3s.
+    #[serde(default)]
+    pub timeout: Option<At<Span>>,
+}
+
+/// What is done about a missing PROXY header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AcceptMode {
+    /// The connection is refused. There is no mode that guesses: a client could write itself a header.
+    #[default]
+    Required,
+}
+
+/// Who may connect, and how much. A client is judged by its address, IPv4 mapped into IPv6 as the IPv4 address it is;
+/// behind `accept_proxy` by the one its header names.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Sessions at the same time. Default: no limit.
+    #[serde(default)]
+    pub sessions: Option<At<u32>>,
+    /// Connections per second from one source: an IPv4 address or an IPv6 /64. Default: no limit.
+    #[serde(default)]
+    pub source_rate: Option<At<u32>>,
+    /// Connections at once from a source that was quiet. Default: twice `source_rate`.
+    #[serde(default)]
+    pub source_burst: Option<At<u32>>,
+    /// Sessions of one source at the same time. Default: no limit.
+    #[serde(default)]
+    pub source_sessions: Option<At<u32>>,
+    /// Networks (CIDR) that may connect. Default: everyone.
+    #[serde(default)]
+    pub allow: Vec<At<Cidr>>,
+    /// Networks (CIDR) that may not, even if `allow` has them. Default: none.
+    #[serde(default)]
+    pub deny: Vec<At<Cidr>>,
 }
 
 /// What a frontend balances.
@@ -176,9 +250,17 @@ pub struct Health {
     /// Failed connects within `fail_timeout` that ban a backend; 0 switches passive health off. Default: 2.
     #[serde(default)]
     pub max_fails: Option<At<u32>>,
-    /// The window in which failures are counted, and how long a ban lasts. Default: 10s.
+    /// The window in which failures are counted, and how long the first ban lasts. Default: 10s.
     #[serde(default)]
     pub fail_timeout: Option<At<Span>>,
+    /// The longest ban: each ban in a row is twice as long as the one before. Only for profile "sliding"; nginx's bans
+    /// stay as long as they are. Default: 60s, or `fail_timeout` if that is longer.
+    #[serde(default)]
+    pub max_ban: Option<At<Span>>,
+    /// How long a backend that comes back takes to get its full share of the connections; or "none". Default: 30s,
+    /// "none" with nginx's profiles.
+    #[serde(default)]
+    pub slow_start: Option<At<Timeout>>,
     /// Sets what is not set here. Default: "sliding".
     #[serde(default)]
     pub profile: Profile,
@@ -259,8 +341,10 @@ pub struct Cidr {
 pub struct Passive {
     /// Failures that ban; 0 = never.
     pub max_fails: u32,
-    /// Window and length of a ban.
+    /// Window and length of the first ban.
     pub fail_timeout: Duration,
+    /// Length of the longest ban; not for nginx's counter, whose bans are all `fail_timeout`.
+    pub max_ban: Duration,
     /// nginx's counter instead of the sliding window.
     pub nginx: bool,
 }
@@ -309,6 +393,37 @@ impl Frontend {
             OnDown::Keep
         })
     }
+
+    /// Silence of a backend on a connect after which a second one is tried; `None` = never.
+    pub fn hedge(&self) -> Option<Duration> {
+        self.hedge.as_ref().map_or(Some(Duration::from_millis(250)), |at| at.0)
+    }
+
+    /// Whether surplus sessions are moved to a backend that has come back.
+    pub fn shed(&self) -> bool {
+        self.shed.as_ref().map_or(self.kind == Kind::Api, |at| at.value)
+    }
+}
+
+impl AcceptProxy {
+    /// Whether `peer` is one of the proxies; an IPv4-mapped address is judged as the IPv4 address it is.
+    pub fn trusts(&self, peer: IpAddr) -> bool {
+        self.from.iter().any(|network| network.contains(peer))
+    }
+
+    /// How long the whole header may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout.as_ref().map_or(Duration::from_secs(3), |at| at.0)
+    }
+}
+
+impl Limits {
+    /// Connections per second of one source and how many it may make at once; `None` = no limit.
+    pub fn source_rate(&self) -> Option<(u32, u32)> {
+        let rate = self.source_rate.as_ref()?.value;
+        let burst = self.source_burst.as_ref().map_or(rate.saturating_mul(2), |at| at.value);
+        Some((rate, burst))
+    }
 }
 
 impl Health {
@@ -319,14 +434,23 @@ impl Health {
             Profile::Nginx => (1, 10, true),
             Profile::K8sMasterLb => (1, 5, true),
         };
+        let fail_timeout = self
+            .fail_timeout
+            .as_ref()
+            .map_or(Duration::from_secs(seconds), |at| at.0);
+        let max_ban = self.max_ban.as_ref().map_or(Duration::from_secs(60), |at| at.0);
         Passive {
             max_fails: self.max_fails.as_ref().map_or(max_fails, |at| at.value),
-            fail_timeout: self
-                .fail_timeout
-                .as_ref()
-                .map_or(Duration::from_secs(seconds), |at| at.0),
+            fail_timeout,
+            max_ban: if nginx { fail_timeout } else { max_ban.max(fail_timeout) },
             nginx,
         }
+    }
+
+    /// How long a backend that comes back takes to get its full share; `None` = no time.
+    pub fn slow_start(&self) -> Option<Duration> {
+        let usual = (self.profile == Profile::Sliding).then_some(Duration::from_secs(30));
+        self.slow_start.as_ref().map_or(usual, |at| at.0)
     }
 }
 
@@ -376,6 +500,9 @@ impl Config {
         faults.0
     }
 }
+
+/// The largest number that a key of `limits` takes.
+const MOST: u32 = 1_000_000;
 
 /// Collects faults; one method per thing that can be at fault.
 struct Faults(Vec<Fault>);
@@ -469,7 +596,97 @@ impl Faults {
         );
         self.idle(frontend);
         self.backends(frontend);
+        self.proxy(frontend);
+        self.hedge(frontend);
+        self.limits(&frontend.limits);
         self.health(frontend);
+    }
+
+    fn proxy(&mut self, frontend: &Frontend) {
+        if let Some(at) = frontend.proxy_protocol.as_ref().filter(|_| frontend.kind == Kind::Api) {
+            self.error(
+                at,
+                "kube-apiserver cannot parse a PROXY header: it would refuse every connection",
+                "remove the key, or write kind = \"ingress\" or \"tcp\" if these are no API servers",
+            );
+        }
+        let Some(accept) = &frontend.accept_proxy else { return };
+        if accept.from.is_empty() {
+            self.error(
+                &accept.from,
+                "nobody may connect: no proxy is trusted",
+                "list the proxies in front of this listener: from = [\"192.0.2.0/24\"]",
+            );
+        }
+        for at in accept.from.iter().filter(|at| at.length == 0) {
+            self.warn(
+                at,
+                "anyone may say here who they are: addresses in limits and logs can be forged",
+                "list the proxies in front of this listener only",
+            );
+        }
+        self.duration(
+            accept.timeout.as_ref(),
+            Duration::from_millis(100)..=Duration::from_secs(60),
+        );
+    }
+
+    fn hedge(&mut self, frontend: &Frontend) {
+        let Some(at) = &frontend.hedge else { return };
+        let (Some(hedge), timeout) = (at.0, frontend.connect_timeout()) else {
+            return;
+        };
+        if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&hedge) {
+            self.error(
+                at,
+                format!("{} is out of range", humantime::format_duration(hedge)),
+                "write 10ms to 60s, or \"none\"",
+            );
+        } else if hedge >= timeout {
+            self.warn(
+                at,
+                format!(
+                    "a second backend is never tried: the first one is given up after the connect_timeout of {}",
+                    humantime::format_duration(timeout)
+                ),
+                "write less than connect_timeout, or \"none\"",
+            );
+        }
+    }
+
+    fn limits(&mut self, limits: &Limits) {
+        let Limits {
+            sessions,
+            source_rate,
+            source_burst,
+            source_sessions,
+            ..
+        } = limits;
+        for at in [sessions, source_rate, source_burst, source_sessions]
+            .into_iter()
+            .flatten()
+        {
+            if at.value == 0 {
+                self.error(
+                    at,
+                    "a limit of 0 refuses everyone",
+                    "write 1 or more, or remove the key",
+                );
+            } else if at.value > MOST {
+                self.error(
+                    at,
+                    format!("{} is out of range", at.value),
+                    format!("write 1 to {MOST}"),
+                );
+            }
+        }
+        if let (Some(at), None) = (source_burst, source_rate) {
+            self.error(
+                at,
+                "source_burst without source_rate limits nothing",
+                "add source_rate = 10, or remove the key",
+            );
+        }
     }
 
     fn duration(&mut self, at: Option<&At<Span>>, range: std::ops::RangeInclusive<Duration>) {
@@ -550,12 +767,59 @@ impl Faults {
         }
     }
 
+    fn bans(&mut self, frontend: &Frontend) {
+        let health = &frontend.health;
+        let passive = health.passive();
+        self.duration(
+            health.max_ban.as_ref(),
+            Duration::from_secs(1)..=Duration::from_secs(86_400),
+        );
+        if let Some(at) = &health.max_ban {
+            if passive.nginx {
+                self.warn(
+                    at,
+                    "nginx's bans do not grow: max_ban changes nothing",
+                    "remove the key, or write profile = \"sliding\"",
+                );
+            } else if at.0 < passive.fail_timeout {
+                self.error(
+                    at,
+                    format!(
+                        "the longest ban would be shorter than the first, the fail_timeout of {}",
+                        humantime::format_duration(passive.fail_timeout)
+                    ),
+                    "write at least fail_timeout",
+                );
+            }
+        }
+        if let Some(at) = health.max_fails.as_ref().filter(|at| at.value > 0)
+            && let [only] = frontend.backends.as_slice()
+            && matches!(only.address, Address::Ip(_))
+        {
+            self.warn(
+                at,
+                "a lone backend is never banned: max_fails changes nothing",
+                "add a second backend, or remove the key",
+            );
+        }
+    }
+
     fn health(&mut self, frontend: &Frontend) {
         let health = &frontend.health;
         self.duration(
             health.fail_timeout.as_ref(),
             Duration::from_secs(1)..=Duration::from_secs(3600),
         );
+        self.bans(frontend);
+        if let Some(at) = &health.slow_start
+            && at.0.is_some_and(|ramp| !(1..=3600).contains(&ramp.as_secs()))
+        {
+            self.error(
+                at,
+                "a backend cannot come back that fast or slowly",
+                "write 1s to 1h, or \"none\"",
+            );
+        }
         let Some(active) = &health.active else { return };
         self.duration(
             active.interval.as_ref(),
@@ -904,9 +1168,131 @@ active = { kind = "https", path = "/readyz", interval = "2s", rise = 2, fall = 3
             Passive {
                 max_fails: 2,
                 fail_timeout: Duration::from_secs(10),
+                max_ban: Duration::from_secs(60),
                 nginx: false
             }
         );
+        assert_eq!(api.hedge(), Some(Duration::from_millis(250)));
+        assert!(api.shed());
+        assert_eq!(api.health.slow_start(), Some(Duration::from_secs(30)));
+        assert_eq!(api.limits.source_rate(), None);
+    }
+
+    const INGRESS: &str = r#"
+[[frontend]]
+name = "https"
+kind = "ingress"
+listen = ["[::]:443", "0.0.0.0:443"]
+backends = ["[fd00::21]:31443", "[fd00::22]:31443"]
+proxy_protocol = "v2"
+accept_proxy = { from = ["10.0.0.0/8", "fd00::/8"], mode = "required" }
+hedge = "none"
+shed = true
+[frontend.limits]
+sessions = 10000
+source_rate = 20
+source_sessions = 100
+deny = ["192.0.2.0/24"]
+[frontend.health]
+slow_start = "none"
+max_ban = "5m"
+"#;
+
+    #[test]
+    fn an_ingress_names_its_proxies_and_limits() {
+        let config = parse(INGRESS);
+        assert_eq!(config.check(), []);
+        let https = &config.frontend[0];
+        assert_eq!(https.idle_timeout(), Some(Duration::from_secs(3600)));
+        assert_eq!(https.on_down(), OnDown::Keep);
+        assert_eq!(https.proxy_protocol.as_deref(), Some(&ProxyVersion::V2));
+        let accept = https.accept_proxy.as_ref().expect("it is there");
+        assert_eq!(
+            (accept.mode, accept.timeout()),
+            (AcceptMode::Required, Duration::from_secs(3))
+        );
+        assert!(accept.trusts("::ffff:10.1.2.3".parse().expect("an address")));
+        assert!(!accept.trusts("192.0.2.1".parse().expect("an address")));
+        assert_eq!((https.hedge(), https.shed()), (None, true));
+        assert_eq!(https.limits.source_rate(), Some((20, 40)));
+        assert_eq!(https.health.slow_start(), None);
+        assert_eq!(https.health.passive().max_ban, Duration::from_secs(300));
+        let plain = parse(&INGRESS.replace("shed = true", ""));
+        assert!(!plain.frontend[0].shed());
+    }
+
+    #[test]
+    fn what_cannot_work_in_front_of_an_ingress_is_a_fault_and_what_bit_others_a_warning() {
+        let one = |from: &str, to: &str| {
+            let text = INGRESS.replace(from, to);
+            assert_ne!(text, INGRESS, "{from} is in the example");
+            let found = parse(&text).check();
+            assert_eq!(found.len(), 1, "{to}: {found:?}");
+            let fault = found[0].clone();
+            (text[fault.span].to_owned(), fault.message, fault.warning)
+        };
+        let told = |(at, message, warning): (String, String, bool), place: &str, words: &str, is_warning: bool| {
+            assert!(at == place && message.contains(words), "{at}: {message}");
+            assert_eq!(warning, is_warning, "{message}");
+        };
+        told(
+            one("kind = \"ingress\"", "kind = \"api\""),
+            "\"v2\"",
+            "kube-apiserver",
+            false,
+        );
+        told(
+            one("[\"10.0.0.0/8\", \"fd00::/8\"]", "[]"),
+            "[]",
+            "no proxy is trusted",
+            false,
+        );
+        told(one("fd00::/8", "::/0"), "\"::/0\"", "forged", true);
+        told(
+            one("mode = \"required\"", "timeout = \"2m\""),
+            "\"2m\"",
+            "out of range",
+            false,
+        );
+        told(one("hedge = \"none\"", "hedge = \"1s\""), "\"1s\"", "never tried", true);
+        told(
+            one("hedge = \"none\"", "hedge = \"1ms\""),
+            "\"1ms\"",
+            "out of range",
+            false,
+        );
+        told(
+            one("sessions = 10000\n", "sessions = 0\n"),
+            "0",
+            "refuses everyone",
+            false,
+        );
+        told(
+            one("source_rate = 20", "source_burst = 7"),
+            "7",
+            "without source_rate",
+            false,
+        );
+        told(
+            one("max_ban = \"5m\"", "max_ban = \"5s\""),
+            "\"5s\"",
+            "shorter than the first",
+            false,
+        );
+        told(
+            one("max_ban = \"5m\"", "max_ban = \"5m\"\nprofile = \"nginx\""),
+            "\"5m\"",
+            "do not grow",
+            true,
+        );
+        told(
+            one("slow_start = \"none\"", "slow_start = \"2h\""),
+            "\"2h\"",
+            "that fast",
+            false,
+        );
+        let text = INGRESS.replace(", \"[fd00::22]:31443\"", "") + "max_fails = 3\n";
+        assert!(faults(&text)[0].1.contains("a lone backend"), "{:?}", faults(&text));
     }
 
     #[test]

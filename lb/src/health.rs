@@ -1021,6 +1021,7 @@ mod tests {
         rules: Rules {
             max_fails: 2,
             fail_timeout: Duration::from_secs(10),
+            max_ban: Duration::from_secs(10),
             nginx: false,
         },
         connect_timeout: Duration::from_secs(1),

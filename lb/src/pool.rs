@@ -1953,6 +1953,7 @@ mod tests {
         passive: Passive {
             max_fails: 2,
             fail_timeout: Duration::from_secs(10),
+            max_ban: Duration::from_secs(10),
             nginx: false,
         },
         connect_timeout: Duration::from_secs(1),
@@ -1963,6 +1964,7 @@ mod tests {
     const NGINX: Passive = Passive {
         max_fails: 1,
         fail_timeout: Duration::from_secs(10),
+        max_ban: Duration::from_secs(10),
         nginx: true,
     };
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 1));

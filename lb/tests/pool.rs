@@ -439,6 +439,7 @@ fn settings(random: &mut Random) -> Settings {
         passive: Passive {
             max_fails: [0, 1, 1, 2, 2, 3][random.below(6) as usize],
             fail_timeout: Duration::from_secs(1 + random.below(10)),
+            max_ban: Duration::from_secs([0, 20][random.below(2) as usize]),
             nginx: random.below(2) == 0,
         },
         connect_timeout: Duration::from_secs(1),

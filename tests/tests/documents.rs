@@ -81,16 +81,17 @@ fn collect(schema: &Value, keys: &mut BTreeSet<String>) {
     }
 }
 
-/// The shipped example and every Markdown file that speaks of configuration.
+/// The shipped examples and every Markdown file that speaks of configuration.
 fn documents() -> Result<Vec<PathBuf>> {
     let top = top();
     let mut documents = vec![top.join("packaging/edged.toml"), top.join("README.md")];
-    for folder in ["appliance", "lb", "docs", "docs/decisions"] {
+    let folders = ["appliance", "lb", "docs", "docs/decisions"].map(|folder| (folder, "md"));
+    for (folder, wanted) in folders.into_iter().chain([("packaging/examples", "toml")]) {
         for entry in fs::read_dir(top.join(folder))? {
             let path = entry?.path();
             documents.extend(
                 path.extension()
-                    .is_some_and(|extension| extension == "md")
+                    .is_some_and(|extension| extension == wanted)
                     .then_some(path),
             );
         }
