@@ -11,6 +11,8 @@ pub mod health;
 pub mod io;
 pub mod moment;
 pub mod pool;
+pub mod proxy;
+pub mod sni;
 pub mod status;
 pub mod wheel;
 
