@@ -111,7 +111,8 @@ pub struct Frontend {
     /// accept wins; or "none". Default: 250ms.
     #[serde(default)]
     pub hedge: Option<At<Timeout>>,
-    /// Moves surplus sessions off loaded backends after another one has come back. Default: true for api, else false.
+    /// Moves surplus sessions off loaded backends after another one has come back; not with balance "source". Default:
+    /// true for api, else false.
     #[serde(default)]
     pub shed: Option<At<bool>>,
     /// Who may connect, and how much.
@@ -399,9 +400,11 @@ impl Frontend {
         self.hedge.as_ref().map_or(Some(Duration::from_millis(250)), |at| at.0)
     }
 
-    /// Whether surplus sessions are moved to a backend that has come back.
+    /// Whether surplus sessions are moved to a backend that has come back. Never by source hash: the client would come
+    /// back to the backend it was moved away from.
     pub fn shed(&self) -> bool {
-        self.shed.as_ref().map_or(self.kind == Kind::Api, |at| at.value)
+        let wanted = self.shed.as_ref().map_or(self.kind == Kind::Api, |at| at.value);
+        wanted && self.balance != Balance::Source
     }
 }
 
@@ -418,6 +421,20 @@ impl AcceptProxy {
 }
 
 impl Limits {
+    /// Whether there is any limit.
+    pub fn is_any(&self) -> bool {
+        let Self {
+            sessions,
+            source_rate,
+            source_burst: _,
+            source_sessions,
+            allow,
+            deny,
+        } = self;
+        let numbers = [sessions, source_rate, source_sessions];
+        numbers.iter().any(|limit| limit.is_some()) || !allow.is_empty() || !deny.is_empty()
+    }
+
     /// Connections per second of one source and how many it may make at once; `None` = no limit.
     pub fn source_rate(&self) -> Option<(u32, u32)> {
         let rate = self.source_rate.as_ref()?.value;
@@ -598,6 +615,16 @@ impl Faults {
         self.backends(frontend);
         self.proxy(frontend);
         self.hedge(frontend);
+        if let Some(at) = &frontend.shed
+            && at.value
+            && frontend.balance == Balance::Source
+        {
+            self.warn(
+                at,
+                "nothing is shed: by source hash a client comes back to the backend it was moved away from",
+                "remove the key, or choose another balance",
+            );
+        }
         self.limits(&frontend.limits);
         self.health(frontend);
     }
@@ -1248,6 +1275,12 @@ max_ban = "5m"
             false,
         );
         told(one("fd00::/8", "::/0"), "\"::/0\"", "forged", true);
+        told(
+            one("shed = true", "shed = true\nbalance = \"source\""),
+            "true",
+            "nothing is shed",
+            true,
+        );
         told(
             one("mode = \"required\"", "timeout = \"2m\""),
             "\"2m\"",

@@ -212,7 +212,7 @@ fn a_reload_takes_listeners_and_backends_in_and_out_and_touches_no_session() {
 #[test]
 fn a_drained_backend_keeps_its_sessions_and_gets_none_and_the_drain_is_durable_first() {
     let (first, second) = (marked(b'1'), marked(b'2'));
-    let lb = Balancer::start(&[first, second], "");
+    let lb = Balancer::start(&[first, second], "[frontend.health]\nslow_start='none'");
     let mut sessions: Vec<TcpStream> = (0..4).map(|_| lb.connect()).collect();
     let marks: Vec<u8> = sessions.iter_mut().map(ask_mark).collect();
     assert!(marks.contains(&b'1') && marks.contains(&b'2'), "{marks:?}");

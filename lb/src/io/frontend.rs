@@ -20,7 +20,7 @@ use crate::{
     config,
     moment::Moment,
     pool::{Action, BackendId, CheckOutcome, Failure, Pick, Pool, Settings, Snapshot},
-    status::{BackendStatus, Event, EventKind, FrontendStatus, Why},
+    status::{BackendStatus, Event, EventKind, FrontendStatus, Refusals, Why},
 };
 
 /// Events kept per backend.
@@ -355,6 +355,7 @@ impl Frontend {
             failed_total: self.failed.load(Relaxed),
             retries_total: self.retries.load(Relaxed),
             local_errors_total: self.local_errors.load(Relaxed),
+            refused: Refusals::default(),
             backends,
         }
     }
@@ -388,7 +389,12 @@ impl Frontend {
                     up: beside.traffic.up.load(Relaxed),
                     down: beside.traffic.down.load(Relaxed),
                     resets: beside.traffic.resets.load(Relaxed),
-                    journal: beside.journal.clone(),
+                    journal: beside
+                        .journal
+                        .iter()
+                        .filter(|event| event.kind.is_known_to_all())
+                        .cloned()
+                        .collect(),
                 };
                 Some((core.pool.name_of(*id)?, memory))
             })
