@@ -9,6 +9,7 @@ pub mod balance;
 pub mod config;
 pub mod health;
 pub mod io;
+pub mod limits;
 pub mod moment;
 pub mod pool;
 pub mod status;
