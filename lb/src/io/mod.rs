@@ -13,6 +13,8 @@ pub mod socket;
 
 pub use service::{Error, check_file, run};
 
+pub use crate::Drain;
+
 use std::{collections::BTreeMap, net::SocketAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
@@ -34,15 +36,6 @@ pub struct Opened {
     pub resolv_conf: Vec<u8>,
     /// Content of /etc/hosts; empty if there is none.
     pub hosts: Vec<u8>,
-}
-
-/// A drain that an operator asked for and that outlives restarts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-pub struct Drain {
-    /// The frontend.
-    pub frontend: String,
-    /// The backend as configured, `HOST:PORT`.
-    pub backend: String,
 }
 
 /// A change that must be durable before it takes effect.
