@@ -13,6 +13,7 @@ pub mod io;
 pub mod moment;
 pub mod pool;
 pub mod proxy;
+pub mod sni;
 pub mod status;
 pub mod wheel;
 
