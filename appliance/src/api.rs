@@ -151,7 +151,7 @@ pub struct Upgrade {
     pub to: Build,
     /// What is being done, or was done last: `checked`, `taking over`, `handing lb over`.
     pub step: String,
-    /// Why it failed, what goes on, and what to do.
+    /// Why it failed, what goes on, and what to do; or what was lost although it was done.
     pub message: Option<String>,
     /// Milliseconds from the check to the end, or until now.
     pub took_ms: u64,

@@ -47,7 +47,8 @@ pub const STEP: Duration = Duration::from_secs(2);
 /// From Hello to the end.
 pub const TOTAL: Duration = Duration::from_secs(10);
 /// Names the message before which the new side ends itself, for tests: `welcome`, `part`, `end`, `ready`, `commit`
-/// (before it answers it), `committed` (after).
+/// (before it answers it), `committed` (after); or `adopt`, at which the new supervisor gives up. A path names a file with
+/// one of these.
 pub const TEST_DIE: &str = "EDGED_TEST_HANDOVER_DIE";
 
 /// One piece of what is handed over.
@@ -388,9 +389,312 @@ fn short(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
+/// What [`TEST_DIE`] says now.
+pub(crate) fn test_die() -> Option<std::ffi::OsString> {
+    let value = std::env::var_os(TEST_DIE)?;
+    if value.as_encoded_bytes().starts_with(b"/") {
+        return std::fs::read_to_string(&value).ok().map(|at| at.trim().into());
+    }
+    Some(value)
+}
+
 /// What a crash at this point would do; the same message may be gone or not.
 fn die(at: &str) {
     if std::env::var_os(TEST_DIE).is_some_and(|wanted| wanted == at) {
         std::process::abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn null() -> OwnedFd {
+        File::open("/dev/null").expect("/dev/null").into()
+    }
+
+    fn part(body: &[u8], descriptors: usize) -> Part {
+        Part {
+            body: body.to_vec(),
+            descriptors: (0..descriptors).map(|_| null()).collect(),
+        }
+    }
+
+    fn hello() -> FromOld {
+        FromOld::Hello {
+            format: FORMAT,
+            role: "lb".into(),
+            build: "0123456789ab".into(),
+        }
+    }
+
+    fn welcome() -> FromNew {
+        FromNew::Welcome {
+            build: "0123456789ab".into(),
+        }
+    }
+
+    /// The old one's whole side with two parts.
+    async fn give(socket: OwnedFd) -> Result<(), Error> {
+        let mut giver = Giver::begin(socket, "lb").await?;
+        giver.part(part(b"one", 0)).await?;
+        giver.part(part(b"two", 1)).await?;
+        giver.end().await?;
+        giver.commit().await
+    }
+
+    /// The new one's whole side.
+    async fn take(socket: OwnedFd) -> Result<Vec<(Vec<u8>, usize)>, Error> {
+        let mut taker = Taker::begin(socket, "lb").await?;
+        let mut parts = Vec::new();
+        while let Some(part) = taker.part().await? {
+            parts.push((part.body, part.descriptors.len()));
+        }
+        taker.commit().await?;
+        Ok(parts)
+    }
+
+    fn scripted(socket: OwnedFd) -> Channel {
+        Channel::new(socket, MAX_DESCRIPTORS).expect("a channel")
+    }
+
+    /// What a new one would send, up to `steps` messages, each after the message that asks for it.
+    async fn new_one(channel: &Channel, steps: usize) {
+        let script = [
+            welcome(),
+            FromNew::Took { number: 0 },
+            FromNew::Took { number: 1 },
+            FromNew::Ready,
+            FromNew::Committed,
+        ];
+        for message in script.iter().take(steps) {
+            let _ = channel.receive::<FromOld>().await.expect("good").expect("a message");
+            channel.send(message, &[]).await.expect("sent");
+        }
+    }
+
+    /// What an old one would send, up to `steps` messages.
+    async fn old_one(channel: &Channel, steps: usize) {
+        let body = |text: &[u8]| Bytes(text.to_vec());
+        let script = [
+            hello(),
+            FromOld::Part {
+                number: 0,
+                body: body(b"one"),
+            },
+            FromOld::Part {
+                number: 1,
+                body: body(b"two"),
+            },
+            FromOld::End { parts: 2 },
+            FromOld::Commit,
+        ];
+        for message in script.iter().take(steps) {
+            channel.send(message, &[]).await.expect("sent");
+            let _ = channel.receive::<FromNew>().await.expect("good").expect("an answer");
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn every_part_arrives_in_order_with_its_descriptors_and_both_sides_know_it() {
+        let (old, new) = channel::pair().expect("a pair");
+        let (gave, took) = tokio::join!(give(old), take(new));
+        gave.expect("given");
+        assert_eq!(took.expect("taken"), [(b"one".to_vec(), 0), (b"two".to_vec(), 1)]);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_part_of_the_largest_size_fits_and_a_larger_one_is_refused() {
+        let (old, new) = channel::pair().expect("a pair");
+        let giving = async {
+            let mut giver = Giver::begin(old, "lb").await.expect("welcome");
+            giver.part(part(&vec![0xff; MAX_BODY], 600)).await.expect("it fits");
+            let refused = giver.part(part(&vec![0; MAX_BODY + 1], 0)).await;
+            assert!(matches!(refused, Err(Error::TooLarge)), "{refused:?}");
+        };
+        let taking = async {
+            let mut taker = Taker::begin(new, "lb").await.expect("hello");
+            let part = taker.part().await.expect("good").expect("a part");
+            assert_eq!((part.body.len(), part.descriptors.len()), (MAX_BODY, 600));
+            assert!(taker.part().await.is_err());
+        };
+        tokio::join!(giving, taking);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_new_one_that_ends_at_any_message_leaves_the_old_one_serving() {
+        for steps in 0..5 {
+            let (old, new) = channel::pair().expect("a pair");
+            let dies = async {
+                let channel = scripted(new);
+                new_one(&channel, steps).await;
+                if steps > 0 {
+                    // The next message is there before the end is.
+                    let _ = channel.receive::<FromOld>().await;
+                }
+            };
+            let (gave, ()) = tokio::join!(give(old), dies);
+            assert!(matches!(gave, Err(Error::Ended(_))), "{steps}: {gave:?}");
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_old_one_that_ends_at_any_message_keeps_the_new_one_from_serving() {
+        for steps in 0..5 {
+            let (old, new) = channel::pair().expect("a pair");
+            let dies = async {
+                let channel = scripted(old);
+                old_one(&channel, steps).await;
+            };
+            let (took, ()) = tokio::join!(take(new), dies);
+            assert!(took.is_err(), "{steps}");
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_new_one_that_says_something_else_at_any_message_leaves_the_old_one_serving() {
+        for steps in 0..5 {
+            for wrong in [
+                "\"ready\"",
+                "\"committed\"",
+                "{\"took\":{\"number\":9}}",
+                "[]",
+                "nonsense",
+            ] {
+                let right = steps == 3 && wrong == "\"ready\"" || steps == 4 && wrong == "\"committed\"";
+                if right {
+                    continue;
+                }
+                let (old, new) = channel::pair().expect("a pair");
+                let lies = async {
+                    let channel = scripted(new);
+                    new_one(&channel, steps).await;
+                    let _ = channel.receive::<FromOld>().await;
+                    let packet = [b"\x00".as_slice(), wrong.as_bytes()].concat();
+                    rustix::net::send(channel.socket(), &packet, rustix::net::SendFlags::empty()).expect("sent");
+                    // It stays until the old one has turned away.
+                    let _ = channel.receive::<FromOld>().await;
+                };
+                let (gave, ()) = tokio::join!(give(old), lies);
+                assert!(
+                    matches!(gave, Err(Error::Order(_) | Error::Channel { .. })),
+                    "{steps} {wrong}: {gave:?}"
+                );
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_old_one_that_says_something_else_at_any_message_keeps_the_new_one_from_serving() {
+        for steps in 0..5 {
+            for wrong in [
+                "\"commit\"",
+                "{\"end\":{\"parts\":7}}",
+                "{\"part\":{\"number\":9,\"body\":\"\"}}",
+                "{\"part\":{\"number\":0,\"body\":\"xy\"}}",
+                "{\"hello\":{\"format\":1}}",
+                "null",
+            ] {
+                if steps == 4 && wrong == "\"commit\"" {
+                    continue;
+                }
+                let (old, new) = channel::pair().expect("a pair");
+                let lies = async {
+                    let channel = scripted(old);
+                    old_one(&channel, steps).await;
+                    let packet = [b"\x00".as_slice(), wrong.as_bytes()].concat();
+                    rustix::net::send(channel.socket(), &packet, rustix::net::SendFlags::empty()).expect("sent");
+                    while let Ok(Some((answer, _))) = channel.receive::<FromNew>().await {
+                        assert!(!matches!(answer, FromNew::Committed), "{steps} {wrong}");
+                    }
+                };
+                let (took, ()) = tokio::join!(take(new), lies);
+                assert!(took.is_err(), "{steps} {wrong}");
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn another_format_or_role_is_refused_with_the_reason_on_both_sides() {
+        let (old, new) = channel::pair().expect("a pair");
+        let channel = scripted(old);
+        let later = FromOld::Hello {
+            format: FORMAT + 1,
+            role: "lb".into(),
+            build: "x".into(),
+        };
+        channel.send(&later, &[]).await.expect("sent");
+        let refused = Taker::begin(new, "lb").await.expect_err("refused");
+        assert!(refused.to_string().contains("format 2"), "{refused}");
+        let (answer, _) = channel.receive::<FromNew>().await.expect("good").expect("an answer");
+        assert!(matches!(answer, FromNew::Refuse { reason } if reason.contains("format 2")));
+
+        let (old, new) = channel::pair().expect("a pair");
+        let (gave, took) = tokio::join!(Giver::begin(old, "lb"), Taker::begin(new, "web"));
+        let why = gave.expect_err("refused").to_string();
+        assert!(why.contains("refused: the old one is lb, the new one web"), "{why}");
+        assert!(took.is_err());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn descriptors_with_a_message_that_has_none_are_refused() {
+        let (old, new) = channel::pair().expect("a pair");
+        let lies = async {
+            let channel = scripted(old);
+            old_one(&channel, 3).await;
+            let end = null();
+            channel
+                .send(&FromOld::End { parts: 2 }, &[end.as_fd()])
+                .await
+                .expect("sent");
+            let _ = channel.receive::<FromNew>().await;
+        };
+        let (took, ()) = tokio::join!(take(new), lies);
+        assert!(matches!(took, Err(Error::Order(_))), "{took:?}");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_new_one_that_falls_silent_at_any_message_is_given_up_in_time() {
+        // One after the other would take the sum of all limits.
+        let mut silences = tokio::task::JoinSet::new();
+        for steps in 0..5 {
+            silences.spawn(async move {
+                let (old, new) = channel::pair().expect("a pair");
+                let silent = async {
+                    let channel = scripted(new);
+                    new_one(&channel, steps).await;
+                    tokio::time::sleep(START + STEP + STEP).await;
+                    drop(channel);
+                };
+                let begun = Instant::now();
+                tokio::select! {
+                    gave = give(old) => {
+                        assert!(matches!(gave, Err(Error::Silent(_) | Error::Ended(_))), "{steps}: {gave:?}");
+                        assert!(begun.elapsed() < START + STEP, "{steps}: {:?}", begun.elapsed());
+                    }
+                    () = silent => panic!("{steps}: the old one waits for ever"),
+                }
+            });
+        }
+        while let Some(ended) = silences.join_next().await {
+            ended.expect("no panic");
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_answer_to_the_commit_that_comes_too_late_cannot_be_given() {
+        let (old, new) = channel::pair().expect("a pair");
+        let late = async {
+            let channel = scripted(new);
+            new_one(&channel, 4).await;
+            let _ = channel.receive::<FromOld>().await.expect("good").expect("commit");
+            tokio::time::sleep(STEP + Duration::from_millis(500)).await;
+            channel.send(&FromNew::Committed, &[]).await
+        };
+        let (gave, sent) = tokio::join!(give(old), late);
+        assert!(gave.is_err(), "the old one goes on");
+        assert!(sent.is_err(), "so the new one must not serve");
     }
 }

@@ -56,12 +56,14 @@ pub(super) async fn run(client: &Client, out: Out, binary: &Path, dry_run: bool)
     let ended = follow(client, out, before.pid, known).await?;
     match ended.state {
         UpgradeState::Done => {
+            let note = ended.message.as_deref().map(|note| format!("\n{}", clean(note)));
             let text = format!(
-                "{}  edged {} runs, process {} as before; took {}",
+                "{}  edged {} runs, process {} as before; took {}{}",
                 out.ink(Ink::Good, "done"),
                 ended.to,
                 before.pid,
-                millis(ended.took_ms)
+                millis(ended.took_ms),
+                note.unwrap_or_default()
             );
             told(&ended, out, &text);
             Ok(0)

@@ -302,7 +302,7 @@ impl House {
             return self.upgraded(began, Err(message));
         }
         let own = build::own();
-        let mut faults = Vec::new();
+        let (mut faults, mut notes) = (Vec::new(), Vec::new());
         for role in [Role::Lb, Role::Web] {
             let Some(keeper) = lock(&self.workers).get(&role).cloned() else {
                 continue;
@@ -313,23 +313,25 @@ impl House {
             if runs == own {
                 // It ended meanwhile, by itself, and was started again as always.
                 tracing::warn!(%role, why, "the worker was not handed over but started anew");
+                notes.push(format!(
+                    "worker {role} was not handed over but started anew, so its sessions were lost: {why}"
+                ));
                 continue;
             }
             faults.push(format!(
                 "worker {role} was not handed over: {why}\nthe old one, {runs}, goes on, and nothing of it was touched"
             ));
         }
-        self.upgraded(
-            began,
-            if faults.is_empty() {
-                Ok(())
-            } else {
-                Err(format!(
-                    "{}\nthe supervisor is {own}; see the lines of both in the log: journalctl -u edged; then try again: edgectl upgrade BINARY",
-                    faults.join("\n")
-                ))
-            },
-        );
+        let result = if faults.is_empty() {
+            Ok((!notes.is_empty()).then(|| notes.join("\n")))
+        } else {
+            faults.extend(notes);
+            Err(format!(
+                "{}\nthe supervisor is {own}; see the lines of both in the log: journalctl -u edged; then try again: edgectl upgrade BINARY",
+                faults.join("\n")
+            ))
+        };
+        self.upgraded(began, result);
     }
 
     fn step(&self, step: &str) {
@@ -338,14 +340,14 @@ impl House {
         }
     }
 
-    /// The end of an upgrade, told to all.
-    fn upgraded(&self, began: Instant, result: Result<(), String>) {
+    /// The end of an upgrade, told to all, with what is to be known of it.
+    fn upgraded(&self, began: Instant, result: Result<Option<String>, String>) {
         if let Some(upgrade) = lock(&self.upgrade).as_mut() {
             upgrade.took_ms = since(began);
             (upgrade.state, upgrade.message) = match result {
-                Ok(()) => {
+                Ok(note) => {
                     tracing::info!(author = upgrade.author, build = %upgrade.to, took_ms = upgrade.took_ms, "upgraded");
-                    (UpgradeState::Done, None)
+                    (UpgradeState::Done, note)
                 }
                 Err(message) => {
                     tracing::error!(author = upgrade.author, build = %upgrade.to, "upgrade failed");

@@ -77,7 +77,7 @@ impl Process {
                 command.env(key, value);
             }
         }
-        if let Some(value) = test_die() {
+        if let Some(value) = handover::test_die() {
             command.env(handover::TEST_DIE, value);
         }
         let mut child = command.spawn()?;
@@ -185,15 +185,6 @@ impl Process {
             Err(error) => (format!("ended, nobody knows how: {error}"), false),
         }
     }
-}
-
-/// The message of a hand-over at which a test wants the new side to die, or the file that names it.
-fn test_die() -> Option<std::ffi::OsString> {
-    let value = std::env::var_os(handover::TEST_DIE)?;
-    if value.as_encoded_bytes().starts_with(b"/") {
-        return std::fs::read_to_string(&value).ok().map(|at| at.trim().into());
-    }
-    Some(value)
 }
 
 /// How a process ended, for people.

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     api::Op,
     config::{self, Loaded},
-    log,
+    handover, log,
     notify::{Environment, Notify},
     supervisor::{
         Control, House, Options, Signals, boot,
@@ -65,7 +65,14 @@ pub fn take_over(numbers: Option<&str>, environment: Environment) -> ExitCode {
         let (ops, asked) = mpsc::channel(64);
         let adopted = async {
             let signals = Signals::new().map_err(|error| format!("signals cannot be received: {error}"))?;
-            let house = adopt(&carried, loaded, Arc::clone(&environment), ops).await?;
+            let house = adopt(
+                &carried,
+                loaded,
+                Arc::clone(&environment),
+                ops,
+                passed.came_back.is_some(),
+            )
+            .await?;
             Ok::<_, String>((house, signals))
         };
         let (house, signals) = match adopted.await {
@@ -114,6 +121,7 @@ async fn adopt(
     loaded: Loaded,
     environment: Arc<Environment>,
     ops: mpsc::Sender<Op>,
+    came_back: bool,
 ) -> Result<Arc<House>, String> {
     log::change(&loaded.config.log);
     let mut held = Sockets::new();
@@ -131,6 +139,9 @@ async fn adopt(
     } else {
         Vault::open(&carried.state_directory)
     };
+    if !came_back && handover::test_die().is_some_and(|at| at == "adopt") {
+        return Err("a test wants it to".into());
+    }
     let drains = vault.drains().await;
     let notify = Notify::new(&environment);
     let config = &carried.config;
@@ -194,7 +205,8 @@ async fn adopt(
     house.store_sockets(&held, &opened.sockets());
     house.forget_sockets(&held, &opened.sockets());
     for role in [Role::Lb, Role::Web] {
-        if let (Some(spec), false) = (opened.spec(role), lock(&house.workers).contains_key(&role)) {
+        let runs = lock(&house.workers).contains_key(&role);
+        if let (Some(spec), false) = (opened.spec(role), runs) {
             drop(house.start_worker(role, spec.clone()).await);
         }
     }

@@ -40,6 +40,8 @@ const PROGRAM: &str = "edged";
 const PATIENCE: Duration = Duration::from_secs(5);
 /// For a file that is still being written to be ready to run.
 const BUSY: Duration = Duration::from_secs(1);
+/// From the end of its outputs to its own.
+const ENDING: Duration = Duration::from_millis(500);
 /// Most bytes of an answer, and of what the program complains of.
 const MOST: usize = 64 << 10;
 
@@ -241,7 +243,13 @@ fn ask(file: &File, config: &str) -> Result<Said, String> {
         }
     };
     let answer = listen(&mut child, begun + PATIENCE);
-    // With whatever it started itself.
+    // Its outputs close a moment before it ends.
+    let ending = Instant::now() + ENDING;
+    while answer.is_ok() && Instant::now() < ending && matches!(child.try_wait(), Ok(None)) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // With whatever it started itself. Its number stays taken as long as it is not waited for, or anything of its group
+    // runs.
     if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
         let _ = rustix::process::kill_process_group(group, Signal::KILL);
     }

@@ -106,7 +106,7 @@ pub(super) fn exec(
 ) -> io::Error {
     let numbers: Vec<String> = numbers.iter().map(ToString::to_string).collect();
     let (arguments, variables) = match (
-        strings(arguments(std::env::args_os(), &numbers.join(","))),
+        strings(arguments(path(program), std::env::args_os(), &numbers.join(","))),
         strings(variables(environment)),
     ) {
         (Ok(arguments), Ok(variables)) => (arguments, variables),
@@ -149,14 +149,16 @@ pub(super) fn block_signals(block: bool) {
     }
 }
 
+/// Where `program` lies, for `ps`.
+fn path(program: BorrowedFd<'_>) -> OsString {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", program.as_raw_fd()));
+    link.map_or_else(|_| "edged".into(), Into::into)
+}
+
 /// As this process was started, so that `ps` shows it, with what is internal in front.
-fn arguments(own: impl IntoIterator<Item = OsString>, numbers: &str) -> Vec<OsString> {
-    let mut own = own.into_iter().peekable();
-    let mut arguments = vec![
-        own.next().unwrap_or_else(|| "edged".into()),
-        ARGUMENT.into(),
-        numbers.into(),
-    ];
+fn arguments(program: OsString, own: impl IntoIterator<Item = OsString>, numbers: &str) -> Vec<OsString> {
+    let mut own = own.into_iter().skip(1).peekable();
+    let mut arguments = vec![program, ARGUMENT.into(), numbers.into()];
     if own.next_if(|argument| argument == ARGUMENT).is_some() {
         own.next();
     }
@@ -201,20 +203,20 @@ mod tests {
     fn the_arguments_stay_as_they_were_however_often_it_is_replaced() {
         let text = |arguments: &[&str], numbers| {
             let own = arguments.iter().map(OsString::from);
-            let made = super::arguments(own, numbers);
+            let made = super::arguments("/opt/edged".into(), own, numbers);
             made.iter()
                 .map(|one| one.to_string_lossy().into_owned())
                 .collect::<Vec<_>>()
                 .join(" ")
         };
         let first = text(&["/usr/bin/edged", "--config", "x", "--state", "y"], "5,6");
-        assert_eq!(first, "/usr/bin/edged --take-over 5,6 --config x --state y");
+        assert_eq!(first, "/opt/edged --take-over 5,6 --config x --state y");
         let parts: Vec<_> = first.split(' ').collect();
         assert_eq!(
             text(&parts, "7,8,9"),
-            "/usr/bin/edged --take-over 7,8,9 --config x --state y"
+            "/opt/edged --take-over 7,8,9 --config x --state y"
         );
-        assert_eq!(text(&[], "5,6"), "edged --take-over 5,6");
+        assert_eq!(text(&[], "5,6"), "/opt/edged --take-over 5,6");
     }
 
     #[test]
