@@ -81,7 +81,7 @@ fn a_program_that_cannot_take_over_is_refused_and_changes_nothing() -> Result<()
     let cases = [
         ("/bin/true".into(), "does not answer as edged does"),
         ("/nonexistent/edged".into(), "cannot be opened by edged"),
-        (file("cut", &whole[..whole.len() / 2], 0o755)?, ""),
+        (file("cut", &whole[..1 << 20], 0o755)?, ""),
         (file("plain", &whole, 0o644)?, "is not executable"),
         (file("open", &whole, 0o757)?, "can be written by others"),
         (file("script", b"#!/bin/sh\n", 0o755)?, "is no program for this machine"),

@@ -135,9 +135,9 @@ fn render(status: &Status, out: Out) -> String {
     let own = program(Some(&status.version), Some(&status.build));
     for worker in &status.workers {
         // Whoever was not handed over runs what the others no longer do.
-        let build = worker.build.as_deref().or(worker.pid.and(Some("")));
-        let runs = build.map(|build| program(worker.version.as_deref(), Some(build)));
-        let other = runs.filter(|runs| *runs != own && worker.build.is_some());
+        let runs = worker.build.as_deref();
+        let runs = runs.map(|build| program(worker.version.as_deref(), Some(build)));
+        let other = runs.filter(|runs| *runs != own);
         let ink = if worker.state == "running" { Ink::Good } else { Ink::Bad };
         workers.row([
             Cell::new(&worker.role),

@@ -290,7 +290,8 @@ impl Keeper {
             .send(Message::Replace { reply })
             .await
             .map_err(|_| gone(()))?;
-        replied.await.map_err(|_| gone(()))?
+        // Dropped while there is no process to ask.
+        replied.await.map_err(|_| "it does not run".to_owned())?
     }
 
     /// Ends the keeper and leaves the process to whoever adopts it. With an error the keeper goes on.
@@ -301,7 +302,8 @@ impl Keeper {
             .send(Message::Release { reply })
             .await
             .map_err(|_| gone(()))?;
-        replied.await.map_err(|_| gone(()))?
+        // Dropped while there is no process to ask.
+        replied.await.map_err(|_| "it does not run".to_owned())?
     }
 
     /// Whether the worker runs and answers.

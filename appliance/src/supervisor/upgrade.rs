@@ -310,8 +310,8 @@ impl House {
             self.step(&format!("handing {role} over"));
             let Err(why) = keeper.replace().await else { continue };
             let runs = keeper.build().unwrap_or_default();
-            if runs == own {
-                // It ended meanwhile, by itself, and was started again as always.
+            if runs == own || !keeper.runs() {
+                // It ended meanwhile, by itself, and is started again as always.
                 tracing::warn!(%role, why, "the worker was not handed over but started anew");
                 notes.push(format!(
                     "worker {role} was not handed over but started anew, so its sessions were lost: {why}"
