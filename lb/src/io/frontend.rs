@@ -44,6 +44,8 @@ pub(crate) struct Rules {
     accept_proxy: Option<AcceptProxy>,
     /// Sessions at the same time.
     sessions: Option<u64>,
+    /// Surplus sessions move to a backend that has come back.
+    shed: bool,
 }
 
 impl Rules {
@@ -56,6 +58,7 @@ impl Rules {
             proxy: frontend.proxy_protocol.as_ref().map(|at| at.value),
             accept_proxy: frontend.accept_proxy.as_ref().map(|at| at.value.clone()),
             sessions: frontend.limits.sessions.as_ref().map(|at| at.value.into()),
+            shed: frontend.shed(),
         }
     }
 
@@ -348,6 +351,9 @@ impl Frontend {
 
     /// What each backend has too much of now.
     pub(crate) fn surplus(&self, now: Moment) -> Vec<(BackendId, u32)> {
+        if !self.rules.load().shed {
+            return Vec::new();
+        }
         self.core().pool.surplus(now)
     }
 
