@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod log;
 pub mod metrics;
 pub mod notify;
+pub mod references;
 pub mod sandbox;
 pub mod store;
 pub mod supervisor;
