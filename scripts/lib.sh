@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Debian packages, by what calls them.
 packages=(
   ca-certificates gcc libc6-dev                             # the build: rustc's linker, aws-lc-rs's C and assembly
+  g++                                                       # the fuzzer's engine
   iproute2 netbase nftables procps strace tcpdump util-linux  # the lab: namespaces, faults (by protocol name), captures
   mmdebstrap openssh-client systemd-container               # nodes: Debian under systemd-nspawn, reached over SSH
   etcd-client etcd-server                                   # the demo's Kubernetes-like world
@@ -16,7 +17,7 @@ packages=(
 
 # The commands of those packages that the scripts and the tests call.
 tools=(
-  cc ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx shellcheck
+  cc g++ ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx shellcheck
   systemd-analyze
 )
 

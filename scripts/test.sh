@@ -10,6 +10,7 @@ prepare
 
 heading "format"
 cargo fmt --all --check
+cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 
 heading "scripts"
 shellcheck --external-sources .ci/run packaging/install.sh scripts/*.sh tests/lab/*.sh
@@ -22,6 +23,9 @@ build
 
 heading "lints"
 cargo clippy --release --workspace --all-targets --locked -- -D warnings
+
+heading "fuzz (20 s for each parser)"
+scripts/fuzz.sh 20
 
 heading "tests (licences and sources of the dependencies, cores, scenarios in namespaces, nodes with systemd)"
 cargo test --release --workspace --locked

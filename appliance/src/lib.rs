@@ -13,6 +13,7 @@ pub mod log;
 pub mod metrics;
 pub mod node;
 pub mod notify;
+pub mod references;
 pub mod sandbox;
 pub mod store;
 pub mod supervisor;
