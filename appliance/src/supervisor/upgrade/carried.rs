@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{api, build::Build, worker::Role};
 
-/// Of this state; another one is not understood.
+/// Of this state; another one is not understood. A field that is added without raising it has a default, and one that is
+/// left out was never needed.
 pub(super) const FORMAT: u32 = 1;
 /// Most bytes: a thousand times a usual one.
 const MOST: u64 = 16 << 20;
