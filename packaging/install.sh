@@ -8,7 +8,8 @@
 #   --from DIR   where the binaries are (default: target/release beside this folder)
 #   --purge      also remove configuration, state, users and groups
 #
-# Installing again is safe: a configuration that is there stays, and the running daemon goes on until it is restarted.
+# Installing again is safe: a configuration that is there stays, and the running daemon goes on until it is upgraded
+# (edgectl upgrade /usr/bin/edged) or restarted.
 set -eu
 
 here=$(dirname "$(readlink -f "$0")")
@@ -88,7 +89,7 @@ install_all() {
   /lib/systemd/systemd-sysctl "/$sysctl"
   systemctl daemon-reload
   if systemctl --quiet is-active edged; then
-    echo "Installed; the running edged is still the old one. Next: systemctl restart edged (nobody is refused, sessions are cut)"
+    echo "Installed; the running edged is still the old one. Next: edgectl upgrade /usr/bin/edged (nobody is refused, no session is cut)"
   else
     echo "Installed. Next: edit /$config, then: edgectl config check /$config && systemctl enable --now edged"
   fi
