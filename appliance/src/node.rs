@@ -347,7 +347,9 @@ fn open(config: &Config, ca: &BTreeMap<PathBuf, Vec<u8>>) -> Result<Opened, Stri
         let What::Listener { address, .. } = need.what else {
             continue;
         };
-        let socket = lb::io::socket::listener(address).map_err(|error| {
+        // The balancer's own sockets share their port with those of a successor; a second node mode is none.
+        let alone = std::net::TcpListener::bind(address).map(drop);
+        let socket = alone.and_then(|()| lb::io::socket::listener(address)).map_err(|error| {
             let hint = match error.kind() {
                 io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{}'", address.port()),
                 _ => "see the addresses of this machine: ip address".into(),
@@ -431,6 +433,10 @@ impl Source {
                 self.keep(&list);
                 self.good = Some(list.clone());
                 Some(List::new(Some(list), &self.seeds))
+            }
+            Err(_) if self.seen == Some(Look(Err(io::ErrorKind::NotFound))) => {
+                tracing::info!(file = %file.display(), "there is no list of API servers yet");
+                None
             }
             Err(error) => {
                 tracing::error!("{error}\nthe last good list serves on");

@@ -107,6 +107,10 @@ pub struct Frontend {
     /// The PROXY header that each connection to a backend begins with, so that it learns the client's address. Default: none.
     #[serde(default)]
     pub proxy_protocol: Option<At<ProxyVersion>>,
+    /// Bytes that a version 2 header may take, 107 to 536. The name a TLS client asks for is told where it fits. More than
+    /// 107 only if the backends take it: nginx before 1.23.2 does not. Default: 107.
+    #[serde(default)]
+    pub proxy_header_limit: Option<At<u16>>,
     /// Connections begin with a PROXY header, which names the client. Default: they do not.
     #[serde(default)]
     pub accept_proxy: Option<At<AcceptProxy>>,
@@ -382,6 +386,7 @@ impl Frontend {
             half_close_timeout: None,
             on_down: None,
             proxy_protocol: None,
+            proxy_header_limit: None,
             accept_proxy: None,
             hedge: None,
             shed: None,
@@ -423,6 +428,11 @@ impl Frontend {
         } else {
             OnDown::Keep
         })
+    }
+
+    /// Bytes that a PROXY header may take.
+    pub fn proxy_header_limit(&self) -> u16 {
+        self.proxy_header_limit.as_ref().map_or(107, |at| at.value)
     }
 
     /// Silence of a backend on a connect after which a second one is tried; `None` = never.
@@ -693,6 +703,17 @@ impl Faults {
                 "kube-apiserver cannot parse a PROXY header: it would refuse every connection",
                 "remove the key, or write kind = \"ingress\" or \"tcp\" if these are no API servers",
             );
+        }
+        if let Some(at) = &frontend.proxy_header_limit {
+            if !(107..=536).contains(&at.value) {
+                self.error(at, format!("{} is out of range", at.value), "write 107 to 536");
+            } else if frontend.proxy_protocol.as_deref() != Some(&ProxyVersion::V2) {
+                self.warn(
+                    at,
+                    "only headers of version 2 have a length to limit: the key changes nothing",
+                    "remove the key, or write proxy_protocol = \"v2\"",
+                );
+            }
         }
         let Some(accept) = &frontend.accept_proxy else { return };
         if accept.from.is_empty() {
@@ -1371,6 +1392,18 @@ max_ban = "5m"
             "\"1ms\"",
             "out of range",
             false,
+        );
+        told(
+            one("hedge = \"none\"", "proxy_header_limit = 60"),
+            "60",
+            "out of range",
+            false,
+        );
+        told(
+            one("proxy_protocol = \"v2\"", "proxy_protocol = \"v1\"\nproxy_header_limit = 200"),
+            "200",
+            "changes nothing",
+            true,
         );
         told(
             one("sessions = 10000\n", "sessions = 0\n"),

@@ -69,11 +69,19 @@ impl Reactor {
     /// Begins a connect on behalf of the session, which has none. A failure is already booked.
     fn begin(&mut self, key: Key, frontend: &Frontend, pick: Pick, traffic: Arc<Traffic>) -> Result<(), Errno> {
         let now = self.now;
-        let Self { epoll, slab, .. } = self;
+        let Self {
+            epoll, slab, spare, ..
+        } = self;
         let Some(session) = slab.session(key) else {
             return Ok(());
         };
-        let begun = socket::connect(pick.address).map_err(|error| (socket::failure_of(error), error));
+        let mut begun = socket::connect(pick.address);
+        if matches!(begun, Err(Errno::MFILE | Errno::NFILE)) && spare.take().is_some() {
+            // The client took the last descriptor; it shall not have come in vain. Others wait in the queue until there is
+            // a spare one again.
+            begun = socket::connect(pick.address);
+        }
+        let begun = begun.map_err(|error| (socket::failure_of(error), error));
         let watched = begun.and_then(|socket| {
             epoll::add(epoll, &socket, Whose::Backend(key).pack(), READ_WRITE)
                 .map(|()| socket)

@@ -40,6 +40,8 @@ pub(crate) struct Rules {
     pub(crate) hedge: Option<Duration>,
     /// The header that backends get.
     pub(crate) proxy: Option<ProxyVersion>,
+    /// Bytes that it takes at most.
+    pub(crate) proxy_limit: usize,
     /// Who sends a header, and by when.
     accept_proxy: Option<AcceptProxy>,
     /// Sessions at the same time.
@@ -56,6 +58,7 @@ impl Rules {
             half_close_timeout: frontend.half_close_timeout(),
             hedge: frontend.hedge(),
             proxy: frontend.proxy_protocol.as_ref().map(|at| at.value),
+            proxy_limit: frontend.proxy_header_limit().into(),
             accept_proxy: frontend.accept_proxy.as_ref().map(|at| at.value.clone()),
             sessions: frontend.limits.sessions.as_ref().map(|at| at.value.into()),
             shed: frontend.shed(),
@@ -110,7 +113,7 @@ pub(crate) struct Frontend {
     limits: Mutex<Limits>,
     limited: AtomicBool,
     refused: Mutex<Turned>,
-    ids: (u64, AtomicU64),
+    next_id: AtomicU64,
     threads: Arc<Threads>,
     /// Rung when something worth keeping over a crash has happened.
     changed: Arc<Notify>,
@@ -216,7 +219,7 @@ impl Frontend {
             limits: Mutex::new(Limits::of(&config.limits, seed)),
             limited: AtomicBool::new(is_limited(&config.limits)),
             refused: Mutex::default(),
-            ids: ingress::ids(),
+            next_id: ingress::first_id(),
             threads,
             changed,
         }
@@ -297,8 +300,8 @@ impl Frontend {
     }
 
     /// Names a connection across proxies.
-    pub(crate) fn next_id(&self) -> u128 {
-        ingress::next_id(&self.ids)
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Relaxed)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

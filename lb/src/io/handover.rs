@@ -4,7 +4,7 @@
 //! ```text
 //! part   = 4 bytes length of the JSON, big-endian | JSON | bytes that were read and not yet written
 //! first  = { format, frontends }            pools, bans, counters, journals
-//! then   = { sessions: [...] }              at most 64 each; descriptors: client, backend, pipes of each direction
+//! then   = { sessions: [...] }              descriptors of each: client, backend, pipes of each direction; at most 1,000
 //! last   = { end: true }
 //! ```
 //! The old side stands still from the first part to the verdict. Connects in flight and what waits for a header are
@@ -34,8 +34,10 @@ use crate::{config::Address, moment::Moment};
 
 /// Of what a part holds. Another number is refused.
 const FORMAT: u32 = 1;
-/// Sessions in one part; four descriptors each, and six while both directions are in a pipe.
-const SESSIONS: usize = 64;
+/// Descriptors in one part, two to six for each session. Few parts make a short pause: each waits for its receipt.
+const DESCRIPTORS: usize = 1000;
+/// Most of one session: two sockets, and a pipe for each direction.
+const OF_A_SESSION: usize = 6;
 /// Bytes on their way in one part, after which it is closed.
 const BYTES: usize = 256 * 1024;
 /// A frozen thread shows that often that it lives.
@@ -284,7 +286,7 @@ impl Reactor {
         while keys.peek().is_some() {
             let mut body = Body::default();
             let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
-            while body.sessions.len() < SESSIONS && bytes.len() < BYTES {
+            while descriptors.len() + OF_A_SESSION <= DESCRIPTORS && bytes.len() < BYTES {
                 let Some(key) = keys.next() else { break };
                 let Some(session) = self.slab.session(key) else {
                     continue;

@@ -1,7 +1,7 @@
 //! PROXY headers on the data path: read in front of a client's bytes where a trusted proxy stands before us, written in
 //! front of them where the backend wants to know the client.
 
-use std::{net::SocketAddr, sync::atomic::Ordering::Relaxed};
+use std::{net::SocketAddr, sync::atomic::AtomicU64};
 
 use rustix::{io::Errno, net::RecvFlags};
 
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Most bytes that a header of ours takes: 16 fixed, two IPv6 addresses and ports, three TLVs.
-pub(crate) const HEAD: usize = 16 + 36 + (3 + 255) + (3 + 32) + (3 + 4);
+pub(crate) const HEAD: usize = 16 + 36 + (3 + 255) + (3 + 16) + (3 + 4);
 
 /// The header that a backend is to get in front of the client's first bytes.
 #[derive(Debug)]
@@ -28,7 +28,9 @@ pub(crate) struct Head {
     source: SocketAddr,
     destination: SocketAddr,
     /// Names the connection in our log and the backend's.
-    id: u128,
+    id: u64,
+    /// Longest header that the backend takes: the authority is left out where it would make it longer.
+    most: usize,
 }
 
 impl Head {
@@ -39,18 +41,23 @@ impl Head {
         match self.version {
             ProxyVersion::V1 => proxy::encode_v1(self.source, self.destination, out),
             ProxyVersion::V2 => {
-                let id = format!("{:032x}", self.id);
-                let mut tlvs = vec![Tlv {
+                let id = format!("{:016x}", self.id);
+                let id = Tlv {
                     kind: proxy::UNIQUE_ID,
                     value: id.as_bytes(),
-                }];
+                };
                 if let Sni::Name(name) = sni::sni(first) {
-                    tlvs.push(Tlv {
+                    let authority = Tlv {
                         kind: proxy::AUTHORITY,
                         value: name.as_bytes(),
-                    });
+                    };
+                    proxy::encode_v2(self.source, self.destination, &[id, authority], true, out);
+                    if out.len() <= self.most {
+                        return;
+                    }
+                    out.clear();
                 }
-                proxy::encode_v2(self.source, self.destination, &tlvs, true, out);
+                proxy::encode_v2(self.source, self.destination, &[id], true, out);
             }
         }
     }
@@ -58,7 +65,10 @@ impl Head {
 
 /// The header for the backend that has just accepted, if it is to get one.
 pub(super) fn head(session: &Session) -> Option<Box<Head>> {
-    let version = session.frontend.rules.load().proxy?;
+    let (version, most) = {
+        let rules = session.frontend.rules.load();
+        (rules.proxy?, rules.proxy_limit)
+    };
     let destination = match session.header.as_deref() {
         Some(Told::Destination(destination)) => *destination,
         // Gone already: then nobody will read what the header says.
@@ -70,7 +80,7 @@ pub(super) fn head(session: &Session) -> Option<Box<Head>> {
     let id = session.frontend.next_id();
     tracing::debug!(
         frontend = session.frontend.name,
-        unique_id = format_args!("{id:032x}"),
+        unique_id = format_args!("{id:016x}"),
         client = %session.source,
         "PROXY header"
     );
@@ -79,6 +89,7 @@ pub(super) fn head(session: &Session) -> Option<Box<Head>> {
         source: session.source,
         destination,
         id,
+        most,
     }))
 }
 
@@ -145,14 +156,81 @@ impl Reactor {
     }
 }
 
-/// Counts from a random number on, so that the ids of two processes do not meet.
-pub(crate) fn ids() -> (u64, std::sync::atomic::AtomicU64) {
+/// Ids are counted from a random number on, so that those of two processes do not meet.
+pub(crate) fn first_id() -> AtomicU64 {
     let mut seed = [0u8; 8];
     let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
-    (u64::from_ne_bytes(seed), 0.into())
+    AtomicU64::new(u64::from_ne_bytes(seed))
 }
 
-/// The next of [`ids`].
-pub(crate) fn next_id((instance, count): &(u64, std::sync::atomic::AtomicU64)) -> u128 {
-    (u128::from(*instance) << 64) | u128::from(count.fetch_add(1, Relaxed))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A TLS greeting that asks for `name`.
+    fn greeting(name: &str) -> Vec<u8> {
+        let length = |bytes: &[u8]| u16::try_from(bytes.len()).expect("short").to_be_bytes();
+        let mut list = vec![0];
+        list.extend(length(name.as_bytes()));
+        list.extend(name.as_bytes());
+        let mut extension = length(&list).to_vec();
+        extension.extend(&list);
+        let mut extensions = vec![0, 0];
+        extensions.extend(length(&extension));
+        extensions.extend(&extension);
+        let mut hello = vec![3, 3];
+        hello.extend([7; 32]);
+        hello.extend([0, 0, 2, 0x13, 1, 1, 0]);
+        hello.extend(length(&extensions));
+        hello.extend(&extensions);
+        let mut handshake = vec![1, 0];
+        handshake.extend(length(&hello));
+        handshake.extend(&hello);
+        let mut record = vec![22, 3, 1];
+        record.extend(length(&handshake));
+        record.extend(&handshake);
+        record
+    }
+
+    #[test]
+    fn the_authority_is_told_where_the_header_stays_within_what_the_backend_takes() {
+        let head = |most| Head {
+            version: ProxyVersion::V2,
+            source: "[2001:db8::7]:4000".parse().expect("an address"),
+            destination: "[2001:db8::1]:443".parse().expect("an address"),
+            id: 7,
+            most,
+        };
+        let long = format!("{}.example.org", "a".repeat(60));
+        for (name, most, told) in [
+            ("www.example.org", 107, true),
+            (&long, 107, false),
+            (&long, 536, true),
+            ("", 107, false),
+        ] {
+            let mut out = Vec::new();
+            head(most).write(&greeting(name), &mut out);
+            assert!(out.len() <= most, "{name}: {}", out.len());
+            let Parsed::Header(header) = proxy::parse(&out, &proxy::Limits::default(), Versions::Any) else {
+                panic!("{name}: {out:?}");
+            };
+            assert_eq!(header.tlvs.value(proxy::AUTHORITY), told.then_some(name.as_bytes()));
+            assert_eq!(header.tlvs.value(proxy::UNIQUE_ID), Some(&b"0000000000000007"[..]));
+        }
+    }
+
+    #[test]
+    fn the_longest_header_fits_the_room_that_is_left_for_it() {
+        let name = format!("{0}.{0}.{0}.{1}", "a".repeat(63), "b".repeat(61));
+        let mut out = Vec::new();
+        let head = Head {
+            version: ProxyVersion::V2,
+            source: "[2001:db8::7]:4000".parse().expect("an address"),
+            destination: "[2001:db8::1]:443".parse().expect("an address"),
+            id: u64::MAX,
+            most: 536,
+        };
+        head.write(&greeting(&name), &mut out);
+        assert!(out.len() > 300 && out.len() <= HEAD, "{}", out.len());
+    }
 }

@@ -50,6 +50,8 @@ const REST: Duration = Duration::from_millis(100);
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// Sessions of a down backend are reset within this time, each at a random moment.
 const JITTER: Duration = Duration::from_millis(300);
+/// How long a side may take nothing before it is looked at, and again; a fraction of TCP_USER_TIMEOUT.
+const STALL: Duration = Duration::from_secs(4);
 /// Silence in both directions after which a session may be sent to another backend.
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -110,6 +112,8 @@ pub(crate) struct Reactor {
     pub(super) now: Moment,
     random: u64,
     stop_at: Option<Moment>,
+    /// A descriptor held back for the backend's socket of a client that took the last one. Without it nobody is accepted.
+    pub(super) spare: Option<OwnedFd>,
     /// When the log last told of a shortage.
     complained_at: Option<Moment>,
     /// The sessions live on in a successor: nothing of them may be touched.
@@ -144,6 +148,7 @@ impl Reactor {
             now,
             random: u64::from_ne_bytes(seed) | 1,
             stop_at: None,
+            spare: spare(),
             complained_at: None,
             handed_over: false,
         })
@@ -326,6 +331,10 @@ impl Reactor {
                 return;
             };
             let frontend = listener.frontend.clone();
+            if self.spare.is_none() {
+                self.rest(index);
+                return;
+            }
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             match rustix::net::acceptfrom_with(&listener.socket, flags) {
                 Ok((client, address)) => self.open(frontend, client, socket::source(address)),
@@ -359,6 +368,12 @@ impl Reactor {
     }
 
     fn wake_listeners(&mut self) {
+        if self.spare.is_none() {
+            self.spare = spare();
+            if self.spare.is_none() {
+                return;
+            }
+        }
         for (index, listener) in self.listeners.iter_mut().enumerate() {
             if let Some(listener) = listener
                 && listener.resting_until.is_some_and(|until| until <= self.now)
@@ -450,6 +465,19 @@ impl Reactor {
                 leg.traffic.last_byte.store(millis(*now), Relaxed);
             }
         }
+        let stalled = session.up.is_blocked() || session.down.is_blocked();
+        let mut to_arm = false;
+        if stalled && session.stall_at.is_none() {
+            session.stall_at = Some(*now + STALL);
+            to_arm = true;
+        } else if !stalled && session.stall_at.is_some() {
+            session.stall_at = None;
+            if session.patient != [false; 2] {
+                session.look_at_stalled();
+            }
+        }
+        let Some(leg) = session.backend.as_ref() else { return };
+        let (client, backend) = (session.client.as_fd(), leg.socket.as_fd());
         if !session.down.writable && !session.client_watched {
             session.client_watched = true;
             if epoll::modify(&*epoll, client, Whose::Client(key).pack(), READ_WRITE).is_err() {
@@ -480,6 +508,8 @@ impl Reactor {
         if half_closed {
             // The other side's silence counts from here, not from the last byte.
             session.last_byte = *now;
+        }
+        if half_closed || to_arm {
             self.arm(key);
         }
     }
@@ -530,6 +560,14 @@ impl Reactor {
             leg.tuned = true;
             if let Err(error) = socket::tune(leg.socket.as_fd()) {
                 tracing::debug!(frontend = session.frontend.name, %error, "keepalive could not be set on a backend connection");
+            }
+        }
+        if session.stall_at.is_some_and(|at| at <= now) {
+            session.stall_at = Some(now + STALL);
+            if !session.look_at_stalled() {
+                tracing::debug!(frontend = session.frontend.name, "a side that took nothing has gone");
+                self.end(key, End::Reset);
+                return;
             }
         }
         if session.up.head.is_some() && now - session.last_byte >= HEAD_WAIT {
@@ -623,4 +661,9 @@ impl Reactor {
         }
         true
     }
+}
+
+/// Any descriptor will do.
+fn spare() -> Option<OwnedFd> {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).ok()
 }

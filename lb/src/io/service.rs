@@ -78,19 +78,24 @@ pub async fn run(
     inheritance: Option<Inheritance>,
 ) -> Result<(), Error> {
     let threads = Threads::new(threads.max(1)).map_err(Error::Threads)?;
-    let mut memory = state.and_then(|fd| {
-        MemoryFile::new(fd)
-            .inspect_err(|error| tracing::warn!(%error, "health is not remembered over a crash"))
-            .ok()
-    });
     let mut service = Service::new(threads.clone(), links.commits, drains);
+    let remember = || {
+        state.and_then(|fd| {
+            MemoryFile::new(fd)
+                .inspect_err(|error| tracing::warn!(%error, "health is not remembered over a crash"))
+                .ok()
+        })
+    };
     if let Some(inheritance) = inheritance {
         service.inherit(&config, opened, inheritance).await?;
+        // Only now: until the word came, the predecessor wrote there.
+        service.memory = remember();
     } else {
+        let mut memory = remember();
         service.remembered = memory.as_mut().map(remembered).unwrap_or_default();
         service.apply(&config, opened).map_err(Error::Config)?;
+        service.memory = memory;
     }
-    service.memory = memory;
     // The threads start once their listeners are ordered, so that health is remembered before the first client is served.
     threads::start(&threads).map_err(Error::Threads)?;
     service.serve(links.commands).await;

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -63,6 +63,10 @@ pub(crate) struct Session {
     pub(crate) client_nodelay: bool,
     /// The client socket is watched for writability (only once a write came up short).
     pub(crate) client_watched: bool,
+    /// When to look at a side that does not take what it is sent.
+    pub(crate) stall_at: Option<Moment>,
+    /// Client and backend: it lives and does not read, so the kernel is told to wait.
+    pub(crate) patient: [bool; 2],
     pub(crate) reset_at: Option<Moment>,
     /// The tick the earliest timer entry is set for.
     pub(crate) armed: u64,
@@ -128,6 +132,8 @@ impl Session {
             // Inherited from the listener.
             client_nodelay: true,
             client_watched: false,
+            stall_at: None,
+            patient: [false; 2],
             reset_at: None,
             armed: u64::MAX,
         }
@@ -174,6 +180,9 @@ impl Session {
                 if self.up.head.is_some() {
                     consider(self.last_byte + HEAD_WAIT);
                 }
+                if let Some(at) = self.stall_at {
+                    consider(at);
+                }
                 if self.half_closed() {
                     consider(self.last_byte + rules.half_close_timeout);
                 }
@@ -183,6 +192,31 @@ impl Session {
             }
         }
         earliest
+    }
+
+    /// Looks at the sides that do not take what they are sent; `false` if one of them is gone.
+    ///
+    /// TCP_USER_TIMEOUT also ends a connection whose peer lives, answers every probe and just does not read: `kubectl logs`
+    /// behind a pager. So it is taken off while the peer's window is shut, and set again once it opens. A peer that went
+    /// away while its window was shut answers no probe.
+    pub(crate) fn look_at_stalled(&mut self) -> bool {
+        let Some(leg) = &self.backend else { return true };
+        let sides = [
+            (&self.client, self.down.is_blocked()),
+            (&leg.socket, self.up.is_blocked()),
+        ];
+        for ((socket, blocked), patient) in sides.into_iter().zip(&mut self.patient) {
+            let window = if blocked { socket::window(socket::number(socket)) } else { None };
+            let shut = window.is_some_and(|window| window.shut);
+            if shut && window.is_some_and(|window| window.unanswered()) {
+                return false;
+            }
+            if *patient != shut {
+                *patient = shut;
+                socket::set_patience(socket.as_fd(), shut);
+            }
+        }
+        true
     }
 
     /// Gives everything back that the session holds, in the books and in the kernel.

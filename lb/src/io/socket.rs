@@ -147,6 +147,59 @@ pub(crate) fn reset(socket: OwnedFd) {
     let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
 }
 
+/// What the kernel knows of a peer's readiness to take more.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    /// The peer has said that it takes nothing now.
+    pub(crate) shut: bool,
+    /// Window probes that it has not answered.
+    probes: u8,
+    last_ack: Duration,
+}
+
+impl Window {
+    /// Several probes and the time of the usual user timeout have passed without an answer.
+    pub(crate) fn unanswered(self) -> bool {
+        self.probes >= 4 && self.last_ack >= keepalive().user_timeout
+    }
+}
+
+/// The window of the peer of `socket` (TCP_INFO), or `None` if this kernel does not tell (before Linux 5.4).
+pub(crate) fn window(socket: RawFd) -> Option<Window> {
+    // Places in the kernel's struct tcp_info, which only grows: tcpi_probes, tcpi_last_ack_recv, tcpi_snd_wnd.
+    const PROBES: usize = 3;
+    const LAST_ACK: usize = 56;
+    const SND_WND: usize = 228;
+    let mut info = [0u8; SND_WND + 4];
+    let mut length = libc::socklen_t::try_from(info.len()).ok()?;
+    // SAFETY: the kernel writes at most `length` bytes into `info`, which is that large.
+    let result = unsafe {
+        libc::getsockopt(
+            socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 || usize::try_from(length).ok()? < info.len() {
+        return None;
+    }
+    let number = |at: usize| Some(u32::from_ne_bytes(*info.get(at..)?.first_chunk()?));
+    Some(Window {
+        shut: number(SND_WND)? == 0,
+        probes: info[PROBES],
+        last_ack: Duration::from_millis(number(LAST_ACK)?.into()),
+    })
+}
+
+/// Takes the user timeout off, or sets it again.
+pub(crate) fn set_patience(socket: BorrowedFd<'_>, patient: bool) {
+    let timeout = if patient { Duration::ZERO } else { keepalive().user_timeout };
+    // Failing, the kernel goes on as it was told before.
+    let _ = sockopt::set_tcp_user_timeout(socket, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
+}
+
 /// Time since the peer last acknowledged anything on `socket` (TCP_INFO), or `None` if the kernel does not say.
 ///
 /// The caller guarantees that the descriptor is not closed meanwhile; if it were, the answer would be about another

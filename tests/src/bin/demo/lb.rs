@@ -299,7 +299,9 @@ impl Stage {
                 format!("once it was found out nobody waited: {}", calm.summary()),
             );
         }
-        self.claim_cut(story, &cut, mark, &name, Duration::from_secs(4));
+        // Two connect timeouts of a second, one after the other: whoever has a connect under way has the more sessions, and
+        // is chosen less.
+        self.claim_cut(story, &cut, mark, &name, Duration::from_secs(6));
         self.claim_writes(story, mark, end, 4 * CONNECT_TIMEOUT);
         let healed = story.event(format!("    {name} is in sight again"));
         hole.heal();
