@@ -161,17 +161,7 @@ impl Edge {
     ///
     /// If a process cannot be read.
     pub fn pss_kib(&self) -> Result<u64> {
-        self.processes()
-            .iter()
-            .map(|pid| {
-                let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-                let line = text
-                    .lines()
-                    .find_map(|line| line.strip_prefix("Pss:"))
-                    .context("no Pss")?;
-                Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?)
-            })
-            .sum()
+        self.processes().iter().map(|pid| process::pss_kib(*pid)).sum()
     }
 
     /// Stops `edged` as a service manager does, and starts it again with the same configuration and state.
