@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::{Node, Process, http, process, wait_for, wait_until};
+use crate::{Node, Process, http, lab::need_tool, process, wait_for, wait_until};
 
 /// A running `edged` with its configuration file, its state and its control socket.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub struct Edge {
     state: PathBuf,
     socket: PathBuf,
     environment: Vec<(String, String)>,
+    descriptors: Option<u32>,
 }
 
 /// What a command said and how it ended.
@@ -85,6 +86,19 @@ impl Edge {
     ///
     /// As [`Edge::start`].
     pub fn start_with(node: &Node, config: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        Self::start_as(node, config, environment, None)
+    }
+
+    /// As [`Edge::start`], with no more than so many descriptors for each of its processes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::start`].
+    pub fn start_limited(node: &Node, config: &str, descriptors: u32) -> Result<Self> {
+        Self::start_as(node, config, &[], Some(descriptors))
+    }
+
+    fn start_as(node: &Node, config: &str, environment: &[(&str, &str)], descriptors: Option<u32>) -> Result<Self> {
         let (file, state, socket) = (node.file("edged.toml"), node.file("state"), node.file("edged.sock"));
         fs::create_dir_all(&state)?;
         fs::write(&file, with_socket(config, &socket))?;
@@ -92,7 +106,7 @@ impl Edge {
             .iter()
             .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
             .collect();
-        let process = launch(node, &file, &state, &environment)?;
+        let process = launch(node, &file, &state, &environment, descriptors)?;
         let edge = Self {
             node: node.clone(),
             process: Mutex::new(process),
@@ -100,6 +114,7 @@ impl Edge {
             state,
             socket,
             environment,
+            descriptors,
         };
         edge.wait_until_serving()?;
         Ok(edge)
@@ -173,7 +188,13 @@ impl Edge {
         let mut process = self.process.lock().expect("no panic while it is held");
         let status = process.stop(Duration::from_secs(10))?;
         ensure!(status.success(), "edged stopped with {}", process::ending(status));
-        *process = launch(&self.node, &self.config, &self.state, &self.environment)?;
+        *process = launch(
+            &self.node,
+            &self.config,
+            &self.state,
+            &self.environment,
+            self.descriptors,
+        )?;
         drop(process);
         self.wait_until_serving()
     }
@@ -386,8 +407,22 @@ pub fn refused_start(node: &Node, config: &str) -> Result<Said> {
     say(&mut command, Duration::from_secs(10))
 }
 
-fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, String)]) -> Result<Process> {
-    let mut command = node.command(program("edged")?);
+fn launch(
+    node: &Node,
+    config: &Path,
+    state: &Path,
+    environment: &[(String, String)],
+    descriptors: Option<u32>,
+) -> Result<Process> {
+    let mut command = match descriptors {
+        None => node.command(program("edged")?),
+        Some(most) => {
+            // It sets the limit and then becomes the program: the process is the same.
+            let mut command = node.command(need_tool("prlimit", "util-linux")?);
+            command.arg(format!("--nofile={most}")).arg(program("edged")?);
+            command
+        }
+    };
     command
         .arg("--config")
         .arg(config)
