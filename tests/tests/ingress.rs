@@ -69,6 +69,34 @@ fn every_ingress_logs_the_true_client_of_either_family_by_v1_and_by_v2() -> Resu
 }
 
 #[test]
+fn tls_passes_through_to_every_ingress_and_each_logs_the_true_client() -> Result<()> {
+    let site = Site::new()?;
+    let edge = Edge::start(&site.edge, &shipped("v1")?)?;
+    for version in VERSIONS {
+        configure(&edge, &shipped(version)?)?;
+        for front in [site.edge.at(443), site.edge.at4(443)] {
+            let mut served = BTreeSet::new();
+            for serial in 0..MANY {
+                let path = format!("/{version}/{}/{serial}", family(front));
+                // The certificate is checked, so nobody between has ended the TLS.
+                let (by, client) = site.get_tls(front, &path)?;
+                let seen = site.worker(&by)?.seen(&path)?;
+                ensure!(
+                    is(&seen, client, front),
+                    "{client} to {front} was seen as {seen:?} by {by}"
+                );
+                served.insert(by);
+                if served.len() == site.workers.len() && serial >= 9 {
+                    break;
+                }
+            }
+            assert_eq!(served.len(), site.workers.len(), "{version} to {front}: {served:?}");
+        }
+    }
+    site.nobody_complains()
+}
+
+#[test]
 fn the_name_in_a_tls_greeting_reaches_the_ingress_as_the_authority() -> Result<()> {
     let site = Site::new()?;
     // The one that tells what it was told.
