@@ -44,9 +44,11 @@ fi
 
 # Files, relative to the root.
 unit=usr/lib/systemd/system/edged.service
+node_unit=usr/lib/systemd/system/edged-node.service
 sysusers=usr/lib/sysusers.d/edged.conf
 sysctl=usr/lib/sysctl.d/60-edged.conf
 config=etc/edged/edged.toml
+node_config=etc/edged/node.env
 bash=usr/share/bash-completion/completions/edgectl
 zsh=usr/share/zsh/vendor-completions/_edgectl
 fish=usr/share/fish/vendor_completions.d/edgectl.fish
@@ -74,6 +76,7 @@ install_all() {
   put 0755 "$from/edged" usr/bin/edged
   put 0755 "$from/edgectl" usr/bin/edgectl
   put 0644 "$here/edged.service" "$unit"
+  put 0644 "$here/edged-node.service" "$node_unit"
   put 0644 "$here/sysusers.d/edged.conf" "$sysusers"
   put 0644 "$here/sysctl.d/60-edged.conf" "$sysctl"
   for shell in bash zsh fish; do "$from/edgectl" completions "$shell" >"$made/$shell"; done
@@ -84,10 +87,14 @@ install_all() {
   "$from/edgectl" man "$made/man"
   for page in "$made"/man/*; do put 0644 "$page" "$man/$(basename "$page")"; done
   if [ ! -e "$root/$config" ]; then put 0644 "$here/edged.toml" "$config"; fi
+  if [ ! -e "$root/$node_config" ]; then put 0644 "$here/node.env" "$node_config"; fi
   if [ -z "$root" ]; then systemd-sysusers "/$sysusers"; fi
   if ! systemd_runs; then return; fi
   /lib/systemd/systemd-sysctl "/$sysctl"
   systemctl daemon-reload
+  if systemctl --quiet is-active edged-node; then
+    echo "Installed; the running edged-node is still the old one. Next: systemctl restart edged-node (sessions are cut)"
+  fi
   if systemctl --quiet is-active edged; then
     echo "Installed; the running edged is still the old one. Next: edgectl upgrade /usr/bin/edged (nobody is refused, no session is cut)"
   else
@@ -99,10 +106,13 @@ uninstall_all() {
   made=$(mktemp -d)
   trap 'rm -rf "$made"' EXIT
   if systemd_runs && [ -e "/$unit" ]; then systemctl --quiet disable --now edged; fi
-  rm -f "$root/usr/bin/edged" "$root/usr/bin/edgectl" "$root/$unit" "$root/$sysctl" "$root/$bash" "$root/$zsh" "$root/$fish"
+  if systemd_runs && [ -e "/$node_unit" ]; then systemctl --quiet disable --now edged-node; fi
+  rm -f "$root/usr/bin/edged" "$root/usr/bin/edgectl" "$root/$unit" "$root/$node_unit" "$root/$sysctl" "$root/$bash" "$root/$zsh" "$root/$fish"
   rm -f "$root/$man/edgectl.1" "$root/$man"/edgectl-*.1
   if [ -n "$purge" ]; then
     rm -rf "$root/etc/edged" "$root/var/lib/edged"
+    # A unit with a user of its own for each run has its state here, and a link to it where others have theirs.
+    rm -rf "$root/var/lib/private/edged-node" "$root/var/lib/edged-node"
     if [ -z "$root" ]; then
       if getent passwd edged >/dev/null; then userdel edged; fi
       for group in edged edge edge-admin; do if getent group "$group" >/dev/null; then groupdel "$group"; fi; done

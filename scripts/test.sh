@@ -17,6 +17,7 @@ shellcheck --external-sources .ci/run packaging/install.sh scripts/*.sh tests/la
 
 heading "the unit's exposure (at most 2.2 of 10)"
 systemd-analyze security --offline=true --threshold=22 --no-pager packaging/edged.service | tail -n 1
+systemd-analyze security --offline=true --threshold=22 --no-pager packaging/edged-node.service | tail -n 1
 
 heading "build"
 build

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::{Node, Process, http, process, wait_for, wait_until};
+use crate::{Node, Process, http, lab::need_tool, process, wait_for, wait_until};
 
 /// A running `edged` with its configuration file, its state and its control socket.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub struct Edge {
     state: PathBuf,
     socket: PathBuf,
     environment: Vec<(String, String)>,
+    descriptors: Option<u32>,
 }
 
 /// What a command said and how it ended.
@@ -86,6 +87,19 @@ impl Edge {
     ///
     /// As [`Edge::start`].
     pub fn start_with(node: &Node, config: &str, environment: &[(&str, &str)]) -> Result<Self> {
+        Self::start_as(node, config, environment, None)
+    }
+
+    /// As [`Edge::start`], with no more than so many descriptors for each of its processes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::start`].
+    pub fn start_limited(node: &Node, config: &str, descriptors: u32) -> Result<Self> {
+        Self::start_as(node, config, &[], Some(descriptors))
+    }
+
+    fn start_as(node: &Node, config: &str, environment: &[(&str, &str)], descriptors: Option<u32>) -> Result<Self> {
         let (file, state, socket) = (node.file("edged.toml"), node.file("state"), node.file("edged.sock"));
         fs::create_dir_all(&state)?;
         fs::write(&file, with_socket(config, &socket))?;
@@ -93,7 +107,7 @@ impl Edge {
             .iter()
             .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
             .collect();
-        let process = launch(node, &file, &state, &environment)?;
+        let process = launch(node, &file, &state, &environment, descriptors)?;
         let edge = Self {
             node: node.clone(),
             process: Mutex::new(process),
@@ -101,6 +115,7 @@ impl Edge {
             state,
             socket,
             environment,
+            descriptors,
         };
         edge.wait_until_serving()?;
         Ok(edge)
@@ -162,17 +177,7 @@ impl Edge {
     ///
     /// If a process cannot be read.
     pub fn pss_kib(&self) -> Result<u64> {
-        self.processes()
-            .iter()
-            .map(|pid| {
-                let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-                let line = text
-                    .lines()
-                    .find_map(|line| line.strip_prefix("Pss:"))
-                    .context("no Pss")?;
-                Ok(line.trim().trim_end_matches("kB").trim().parse::<u64>()?)
-            })
-            .sum()
+        self.processes().iter().map(|pid| process::pss_kib(*pid)).sum()
     }
 
     /// Stops `edged` as a service manager does, and starts it again with the same configuration and state.
@@ -184,7 +189,13 @@ impl Edge {
         let mut process = self.process.lock().expect("no panic while it is held");
         let status = process.stop(Duration::from_secs(10))?;
         ensure!(status.success(), "edged stopped with {}", process::ending(status));
-        *process = launch(&self.node, &self.config, &self.state, &self.environment)?;
+        *process = launch(
+            &self.node,
+            &self.config,
+            &self.state,
+            &self.environment,
+            self.descriptors,
+        )?;
         drop(process);
         self.wait_until_serving()
     }
@@ -438,8 +449,22 @@ pub fn refused_start(node: &Node, config: &str) -> Result<Said> {
     say(&mut command, Duration::from_secs(10))
 }
 
-fn launch(node: &Node, config: &Path, state: &Path, environment: &[(String, String)]) -> Result<Process> {
-    let mut command = node.command(program("edged")?);
+fn launch(
+    node: &Node,
+    config: &Path,
+    state: &Path,
+    environment: &[(String, String)],
+    descriptors: Option<u32>,
+) -> Result<Process> {
+    let mut command = match descriptors {
+        None => node.command(program("edged")?),
+        Some(most) => {
+            // It sets the limit and then becomes the program: the process is the same.
+            let mut command = node.command(need_tool("prlimit", "util-linux")?);
+            command.arg(format!("--nofile={most}")).arg(program("edged")?);
+            command
+        }
+    };
     command
         .arg("--config")
         .arg(config)

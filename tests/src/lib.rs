@@ -11,6 +11,7 @@
 //! - [`edge`]: `edged` and `edgectl` as a user has them.
 //! - [`backend`]: servers that follow a script; [`load`]: clients that count what happens to them.
 //! - [`capture`]: what was really on the wire; [`fault`]: black holes and loss.
+//! - [`ingress`]: nginx and HAProxy, which want a PROXY header.
 //! - [`tls`], [`http`], [`etcd`], [`kube`]: certificates, a small HTTP client, and the worlds that the demo runs.
 //!
 //! Nothing here waits for a time: [`wait_until`] waits for a condition, and says which one it waited for in vain.
@@ -21,6 +22,7 @@ pub mod edge;
 pub mod etcd;
 pub mod fault;
 pub mod http;
+pub mod ingress;
 pub mod kube;
 pub mod lab;
 pub mod load;

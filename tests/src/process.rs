@@ -170,6 +170,67 @@ pub fn connections(pid: u32) -> Result<Vec<(SocketAddr, SocketAddr)>> {
     Ok(found)
 }
 
+/// Where anybody listens for TCP in the network namespace of a process.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn listeners(pid: u32) -> Result<Vec<SocketAddr>> {
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let table = fs::read_to_string(format!("/proc/{pid}/net/{table}")).with_context(|| format!("process {pid}"))?;
+        for line in table.lines().skip(1) {
+            let mut fields = line.split_whitespace().skip(1);
+            let (local, state) = (fields.next().and_then(socket_address), fields.nth(1));
+            found.extend(local.filter(|_| state == Some("0A")));
+        }
+    }
+    Ok(found)
+}
+
+/// How many descriptors a process has open.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn descriptors(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))
+        .with_context(|| format!("process {pid}"))?
+        .count())
+}
+
+/// The processor time that a process has used, in its own code and in the kernel.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn processor_time(pid: u32) -> Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
+    // Behind the name, which is in brackets and may hold anything: proc(5), fields 3 and on.
+    let (_, rest) = stat.rsplit_once(") ").context("a process has a name")?;
+    let ticks = rest
+        .split(' ')
+        .skip(11)
+        .take(2)
+        .map(str::parse::<u64>)
+        .sum::<Result<u64, _>>()?;
+    Ok(Duration::from_secs(ticks) / u32::try_from(rustix::param::clock_ticks_per_second())?)
+}
+
+/// Memory of a process in KiB, each shared page divided among those who share it.
+///
+/// # Errors
+///
+/// If there is no such process.
+pub fn pss_kib(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).with_context(|| format!("process {pid}"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Pss:"))
+        .context("no Pss")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+}
+
 /// An address as `/proc/net/tcp` writes it: words of the machine's byte order, in hexadecimal.
 fn socket_address(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
@@ -220,6 +281,11 @@ mod tests {
             let listener = TcpListener::bind(address).unwrap();
             let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let wanted = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+            let listening = listeners(std::process::id()).unwrap();
+            assert!(
+                listening.contains(&wanted.1) && !listening.contains(&wanted.0),
+                "{listening:?}"
+            );
             assert!(connections(std::process::id()).unwrap().contains(&wanted), "{wanted:?}");
         }
     }

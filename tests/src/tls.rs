@@ -192,7 +192,20 @@ pub fn connect(target: SocketAddr, config: &Arc<ClientConfig>, timeout: Duration
 ///
 /// As [`connect`].
 pub fn handshake(tcp: TcpStream, target: SocketAddr, config: &Arc<ClientConfig>) -> io::Result<TlsStream> {
-    let name = ServerName::IpAddress(target.ip().into());
+    shake(tcp, ServerName::IpAddress(target.ip().into()), config)
+}
+
+/// Shakes hands on a connection with the server `name`, which the greeting says aloud (SNI).
+///
+/// # Errors
+///
+/// As [`connect`].
+pub fn handshake_with(tcp: TcpStream, name: &str, config: &Arc<ClientConfig>) -> io::Result<TlsStream> {
+    let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
+    shake(tcp, name, config)
+}
+
+fn shake(tcp: TcpStream, name: ServerName<'static>, config: &Arc<ClientConfig>) -> io::Result<TlsStream> {
     let connection = ClientConnection::new(Arc::clone(config), name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(connection, tcp);
     while stream.conn.is_handshaking() {

@@ -5,7 +5,7 @@
 //! ```
 
 use std::{
-    io::ErrorKind,
+    io::{ErrorKind, Write},
     net::TcpStream,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
@@ -17,7 +17,10 @@ use tests::{
     Lab,
     backend::{Backend, Script},
     etcd::Etcd,
+    http,
+    ingress::{HTTP, HTTPS, Ingress, Kind},
     load::{Load, Session},
+    tls::Ca,
     wait_until,
 };
 
@@ -67,6 +70,52 @@ fn loss_is_near_what_was_asked_for_each_way() -> Result<()> {
             1.0 - count(&sent) / count(&received)
         };
         assert!((0.2..0.4).contains(&lost), "{from} to {to}: {lost:.2} lost");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_ingress_of_either_kind_logs_what_a_header_says_and_complains_where_there_is_none() -> Result<()> {
+    let lab = Lab::new()?;
+    let (client, server, other) = (lab.node("client", 2)?, lab.node("server", 11)?, lab.node("other", 12)?);
+    let files = Ca::new("lab")?
+        .issue("lab", None, &[], &["lab.example.org"])?
+        .write(&lab.dir().join("lab"))?;
+    for (node, kind) in [(&server, Kind::Nginx), (&other, Kind::Haproxy)] {
+        let ingress = Ingress::start(node, kind, &files, client.ip())?;
+        for (path, header, told) in [
+            (
+                "/four",
+                "PROXY TCP4 192.0.2.7 192.0.2.80 4711 80\r\n",
+                ["192.0.2.7:4711", "192.0.2.80:80"],
+            ),
+            (
+                "/six",
+                "PROXY TCP6 2001:db8::7 2001:db8::80 4711 80\r\n",
+                ["[2001:db8::7]:4711", "[2001:db8::80]:80"],
+            ),
+        ] {
+            let mut stream = client.enter(|| TcpStream::connect_timeout(&node.at(HTTP), PATIENCE))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.write_all(header.as_bytes())?;
+            let mut answer = http::request(stream, "GET", path, "lab.example.org", "")?;
+            assert_eq!((answer.status, answer.text()?.as_str()), (200, node.name()));
+            let seen = ingress.seen(path)?;
+            assert_eq!(
+                [seen.source, seen.destination].map(|end| end.to_string()),
+                told,
+                "{kind:?}"
+            );
+            assert_eq!(seen.client, seen.source.ip(), "{kind:?}");
+        }
+        assert!(ingress.complaints().is_empty(), "{kind:?}: {:?}", ingress.complaints());
+        for port in [HTTP, HTTPS] {
+            let mut stream = client.enter(|| TcpStream::connect_timeout(&node.at(port), PATIENCE))?;
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")?;
+            wait_until("it complains", PATIENCE, || {
+                ingress.complaints().len() == if port == HTTP { 1 } else { 2 }
+            })?;
+        }
     }
     Ok(())
 }
