@@ -8,6 +8,8 @@
 //! error means that the other side is broken, and the channel is of no use from then on. Descriptors arrive
 //! close-on-exec, and those of a refused message are closed.
 
+mod assembly;
+
 use std::{
     ffi::OsString,
     io::{self, IoSlice, IoSliceMut},
@@ -23,17 +25,13 @@ use rustix::net::{
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// Most bytes of one message.
-pub const MAX_MESSAGE: usize = 4 << 20;
+pub use assembly::MAX_MESSAGE;
+use assembly::{Assembly, CHUNK, Fault, LAST, MORE, Step};
+
 /// Most descriptors of one message.
 pub const MAX_DESCRIPTORS: usize = 1024;
-/// Most bytes of a message in one packet.
-const CHUNK: usize = 60 << 10;
 /// Most descriptors in one packet; the kernel's own limit is 253.
 const PACKET_DESCRIPTORS: usize = 64;
-
-const LAST: u8 = 0;
-const MORE: u8 = 1;
 
 /// What can be wrong with a channel.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +54,16 @@ pub enum Error {
     /// The JSON is not the message that was expected.
     #[error("a message makes no sense")]
     Content(#[from] serde_json::Error),
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::TooLong => Self::TooLong,
+            Fault::Header => Self::Header,
+            Fault::Cut => Self::Cut,
+        }
+    }
 }
 
 /// One end.
@@ -147,30 +155,19 @@ impl Channel {
     ///
     /// [`Error`]; the channel must not be used any more.
     pub async fn receive<M: DeserializeOwned>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, Error> {
-        let mut json = Vec::new();
+        let mut assembly = Assembly::default();
         let mut descriptors = Vec::new();
-        let mut first = true;
         let mut buffer = vec![0; CHUNK + 1];
         loop {
             let before = descriptors.len();
             let packet =
                 |socket: &OwnedFd| receive_packet(socket, &mut buffer, self.most_descriptors, &mut descriptors);
             let bytes = self.socket.async_io(Interest::READABLE, packet).await??;
-            let Some((header, chunk)) = buffer.get(..bytes).and_then(|packet| packet.split_first()) else {
-                // An empty packet is not distinguishable from the end; neither is ever sent.
-                return if first { Ok(None) } else { Err(Error::Cut) };
-            };
-            first = false;
-            json.extend_from_slice(chunk);
-            if json.len() > MAX_MESSAGE {
-                return Err(Error::TooLong);
-            }
-            match *header {
-                LAST => return Ok(Some((serde_json::from_slice(&json)?, descriptors))),
-                // Packets that bring nothing would never reach the limit.
-                MORE if chunk.is_empty() && descriptors.len() == before => return Err(Error::Header),
-                MORE => {}
-                _ => return Err(Error::Header),
+            let packet = buffer.get(..bytes).unwrap_or_default();
+            match assembly.push(packet, descriptors.len() > before)? {
+                Step::More => {}
+                Step::Message(json) => return Ok(Some((serde_json::from_slice(&json)?, descriptors))),
+                Step::End => return Ok(None),
             }
         }
     }

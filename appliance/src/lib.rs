@@ -9,6 +9,7 @@ pub mod control;
 pub mod doctor;
 pub mod log;
 pub mod metrics;
+pub mod node;
 pub mod notify;
 pub mod sandbox;
 pub mod store;

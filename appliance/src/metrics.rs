@@ -70,6 +70,9 @@ struct Sums {
     failures: u64,
     ejections: Ejections,
     vetoes: u64,
+    hedges: u64,
+    slow: u64,
+    shed: u64,
     resets: u64,
     latency: Histogram,
 }
@@ -111,6 +114,9 @@ impl Page {
             sum.ejections.timeout += backend.ejections.timeout;
             sum.ejections.check += backend.ejections.check;
             sum.vetoes += backend.vetoes_total;
+            sum.hedges += backend.hedges_total;
+            sum.slow += backend.slow_total;
+            sum.shed += backend.shed_total;
             sum.resets += backend.sessions_reset_total;
             for (total, bucket) in sum.latency.buckets.iter_mut().zip(backend.connect_latency.buckets) {
                 *total += bucket;
@@ -157,6 +163,23 @@ impl Page {
                 backend.sessions,
             );
         }
+        self.family(
+            "edge_lb_backend_slow_start_seconds",
+            "gauge",
+            "Seconds until the backend gets its full share of the connections; 0 = it does.",
+        );
+        for (frontend, backend) in frontends.iter().flat_map(|f| f.backends.iter().map(move |b| (f, b))) {
+            let address = backend.address.map(|address| address.to_string()).unwrap_or_default();
+            self.sample(
+                "edge_lb_backend_slow_start_seconds",
+                &[
+                    ("frontend", &frontend.name),
+                    ("backend", &backend.backend),
+                    ("addr", &address),
+                ],
+                backend.slow_start_remaining.unwrap_or(0),
+            );
+        }
     }
 
     fn per_frontend(&mut self, frontends: &[FrontendStatus]) {
@@ -200,10 +223,21 @@ impl Page {
                 self.sample(name, &[("frontend", &frontend.name)], value(frontend));
             }
         }
+        self.family(
+            "edge_lb_refused_total",
+            "counter",
+            "Connections refused before a backend was asked for, by reason.",
+        );
+        for frontend in frontends {
+            for (reason, count) in frontend.refused.by_reason() {
+                let labels = [("frontend", &*frontend.name), ("reason", reason)];
+                self.sample("edge_lb_refused_total", &labels, count);
+            }
+        }
     }
 
     fn per_backend(&mut self, sums: &BTreeMap<(&str, &str), Sums>) {
-        let counters: [Counter<Sums>; 4] = [
+        let counters: [Counter<Sums>; 7] = [
             ("edge_lb_connections_total", "Sessions opened to the backend.", |s| {
                 s.connections
             }),
@@ -216,6 +250,21 @@ impl Page {
                 "edge_lb_vetoes_total",
                 "Bans and check verdicts that a proof of life prevented.",
                 |s| s.vetoes,
+            ),
+            (
+                "edge_lb_hedges_total",
+                "Connects to the backend begun because another one was slow to accept.",
+                |s| s.hedges,
+            ),
+            (
+                "edge_lb_slow_total",
+                "Connects to the backend that another one overtook.",
+                |s| s.slow,
+            ),
+            (
+                "edge_lb_shed_total",
+                "Sessions closed so that their clients go to a backend with fewer.",
+                |s| s.shed,
             ),
             (
                 "edge_lb_sessions_reset_total",

@@ -259,7 +259,7 @@ fn status_shows_configuration_and_health_apart() {
 fn lb_show_has_a_line_for_each_backend_with_its_reason() {
     let daemon = Daemon::start("show");
     let text = out(&daemon.run(&["lb", "show"]));
-    assert!(text.starts_with("api  1/5 healthy, 2 drained  on [::1]:16443 127.0.0.1:16443\n  6 sessions, 240 connections, 1 failed, 4 retries\n"), "{text}");
+    assert!(text.starts_with("api  1/5 healthy, 2 drained  on [::1]:16443 127.0.0.1:16443\n  6 sessions, 240 connections, 1 failed, 4 retries, 33 refused (3 denied, 30 rate), 7 hedged, 2 shed\n"), "{text}");
     let line = |name: &str| {
         text.lines()
             .find(|line| line.contains(name))

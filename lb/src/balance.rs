@@ -11,6 +11,9 @@ use std::{
 
 use crate::config::Balance;
 
+/// The scale of a backend whose whole weight counts.
+pub const FULL: u32 = 1024;
+
 /// What the choice knows of one backend, and what it remembers of it.
 #[derive(Clone, Debug)]
 pub struct Share {
@@ -19,6 +22,8 @@ pub struct Share {
     /// Sessions running now, connects in flight included.
     pub sessions: u64,
     weight: u32,
+    /// How much of its weight counts, of [`FULL`]: less while it starts slowly.
+    scale: u32,
     /// Below `weight` for a while after failures (nginx's effective_weight).
     effective: u32,
     /// How far the rotation owes it a turn.
@@ -38,6 +43,7 @@ impl Share {
             open: false,
             sessions: 0,
             weight,
+            scale: FULL,
             effective: weight,
             current: 0,
             key,
@@ -53,6 +59,17 @@ impl Share {
         }
     }
 
+    /// How much of its weight counts from now on: 1 to [`FULL`]. [`Balance::Source`] does not mind it: a client that was
+    /// sent elsewhere for a while would change its backend twice.
+    pub const fn set_scale(&mut self, scale: u32) {
+        self.scale = scale;
+    }
+
+    /// The weight that counts; a whole one is a multiple of [`FULL`].
+    const fn scaled(&self) -> u32 {
+        self.weight.saturating_mul(self.scale)
+    }
+
     /// Fewer turns after a failure, regained one by one with each choice it takes part in (nginx's effective_weight:
     /// a failure costs weight / `max_fails`).
     pub fn weaken(&mut self, max_fails: u32) {
@@ -60,9 +77,17 @@ impl Share {
     }
 
     /// Compares the load each would have with one session more, by weight, without division.
+    ///
+    /// While one starts slowly its sessions weigh more, but not the one more: with few sessions around it would get none
+    /// at all otherwise.
     fn load(&self, other: &Self) -> Ordering {
-        let cross = |sessions: u64, weight: u32| sessions.saturating_add(1).saturating_mul(u64::from(weight));
-        cross(self.sessions, other.weight).cmp(&cross(other.sessions, self.weight))
+        let cross = |of: &Self, by: &Self| {
+            let sessions = of.sessions.saturating_mul(u64::from(FULL));
+            sessions
+                .saturating_add(u64::from(of.scale))
+                .saturating_mul(u64::from(by.scaled()))
+        };
+        cross(self, other).cmp(&cross(other, self))
     }
 
     /// Waiting time of an exponential draw with rate `weight`, seeded by client and backend: the shortest wins with
@@ -105,8 +130,9 @@ where
         if !takes_part(share) {
             continue;
         }
-        share.current = share.current.saturating_add(i64::from(share.effective));
-        total = total.saturating_add(i64::from(share.effective));
+        let gain = i64::from(share.effective.saturating_mul(share.scale));
+        share.current = share.current.saturating_add(gain);
+        total = total.saturating_add(gain);
         share.effective = share.weight.min(share.effective.saturating_add(1));
         if best.is_none_or(|(_, most)| share.current > most) {
             best = Some((index, share.current));
@@ -148,10 +174,10 @@ fn two<B: AsRef<Share>>(backends: &[B], random: &mut Random) -> Option<usize> {
             let shares = backends.iter().map(AsRef::as_ref).enumerate();
             shares.filter(move |(index, share)| share.open && Some(*index) != except)
         };
-        let total = open().map(|(_, share)| u64::from(share.weight)).sum();
+        let total = open().map(|(_, share)| u64::from(share.scaled())).sum();
         let mut left = random.below(total);
         for (index, share) in open() {
-            let weight = u64::from(share.weight);
+            let weight = u64::from(share.scaled());
             if left < weight {
                 return Some((index, share));
             }
@@ -183,7 +209,7 @@ impl Random {
 }
 
 /// SplitMix64's finalizer: every bit of the input moves about half of the output's.
-const fn mix(mut value: u64) -> u64 {
+pub(crate) const fn mix(mut value: u64) -> u64 {
     value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)
@@ -344,6 +370,34 @@ mod tests {
             let sessions = drawn.iter().filter(|drawn| **drawn == index).count();
             assert!(sessions.abs_diff(fair) < 50, "{sessions} is far from {fair}");
         }
+    }
+
+    #[test]
+    fn a_backend_that_starts_slowly_gets_as_much_less_as_its_scale_says() {
+        for how in [Balance::LeastConnections, Balance::RoundRobin, Balance::RandomTwo] {
+            let mut shares = shares(&[1, 1, 1]);
+            shares[2].set_scale(FULL / 8);
+            let mut random = Random::new(1);
+            for _ in 0..1700 {
+                let index = choose(how, &mut shares, CLIENT, &mut random).expect("all are open");
+                shares[index].sessions += 1;
+            }
+            let slow = shares[2].sessions;
+            assert!((90..=110).contains(&slow), "{how:?}: {slow} of 1700 are no 1 of 17");
+        }
+        let mut shares = shares(&[1, 1]);
+        shares[0].set_scale(FULL / 8);
+        let mut random = Random::new(1);
+        let idle = (0..90).filter(|_| {
+            let index = choose(Balance::LeastConnections, &mut shares, CLIENT, &mut random);
+            index == Some(0)
+        });
+        assert_eq!(idle.count(), 10, "also while there are no sessions");
+        let mut shares = self::shares(&[1, 1, 1]);
+        let before: Vec<usize> = clients().map(|client| of(client, &mut shares)).collect();
+        shares[2].set_scale(FULL / 8);
+        let after: Vec<usize> = clients().map(|client| of(client, &mut shares)).collect();
+        assert_eq!(before, after, "clients stay with their backend");
     }
 
     #[test]

@@ -65,6 +65,9 @@ pub struct Config {
     /// Sources that may ask the health endpoint, as CIDRs. Default: everyone who can reach it.
     #[serde(default)]
     pub health_allow: Vec<At<Cidr>>,
+    /// The health endpoint tells of this backend alone: `HOST:PORT`, as among the backends. Default: of any API backend.
+    #[serde(default)]
+    pub health_backend: Option<At<Address>>,
     /// Data threads; each has its own listener socket (SO_REUSEPORT). Default: one per core.
     #[serde(default)]
     pub threads: Option<At<u16>>,
@@ -111,7 +114,8 @@ pub struct Frontend {
     /// accept wins; or "none". Default: 250ms.
     #[serde(default)]
     pub hedge: Option<At<Timeout>>,
-    /// Moves surplus sessions off loaded backends after another one has come back. Default: true for api, else false.
+    /// Moves surplus sessions off loaded backends after another one has come back; not with balance "source". Default:
+    /// true for api, else false.
     #[serde(default)]
     pub shed: Option<At<bool>>,
     /// Who may connect, and how much.
@@ -363,6 +367,33 @@ pub struct Fault {
 }
 
 impl Frontend {
+    /// A frontend without listeners and backends, all else by default.
+    pub fn bare(name: &str) -> Self {
+        Self {
+            name: At {
+                value: name.to_owned(),
+                span: 0..0,
+            },
+            kind: Kind::default(),
+            listen: Vec::new(),
+            balance: Balance::default(),
+            connect_timeout: None,
+            idle_timeout: None,
+            half_close_timeout: None,
+            on_down: None,
+            proxy_protocol: None,
+            accept_proxy: None,
+            hedge: None,
+            shed: None,
+            limits: Limits::default(),
+            backends: At {
+                value: Vec::new(),
+                span: 0..0,
+            },
+            health: Health::default(),
+        }
+    }
+
     /// Time one backend may take to accept.
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout.as_ref().map_or(Duration::from_secs(1), |at| at.0)
@@ -399,9 +430,11 @@ impl Frontend {
         self.hedge.as_ref().map_or(Some(Duration::from_millis(250)), |at| at.0)
     }
 
-    /// Whether surplus sessions are moved to a backend that has come back.
+    /// Whether surplus sessions are moved to a backend that has come back. Never by source hash: the client would come
+    /// back to the backend it was moved away from.
     pub fn shed(&self) -> bool {
-        self.shed.as_ref().map_or(self.kind == Kind::Api, |at| at.value)
+        let wanted = self.shed.as_ref().map_or(self.kind == Kind::Api, |at| at.value);
+        wanted && self.balance != Balance::Source
     }
 }
 
@@ -418,6 +451,20 @@ impl AcceptProxy {
 }
 
 impl Limits {
+    /// Whether there is any limit.
+    pub fn is_any(&self) -> bool {
+        let Self {
+            sessions,
+            source_rate,
+            source_burst: _,
+            source_sessions,
+            allow,
+            deny,
+        } = self;
+        let numbers = [sessions, source_rate, source_sessions];
+        numbers.iter().any(|limit| limit.is_some()) || !allow.is_empty() || !deny.is_empty()
+    }
+
     /// Connections per second of one source and how many it may make at once; `None` = no limit.
     pub fn source_rate(&self) -> Option<(u32, u32)> {
         let rate = self.source_rate.as_ref()?.value;
@@ -455,6 +502,20 @@ impl Health {
 }
 
 impl Active {
+    /// Checks of this kind, all else by default.
+    pub const fn new(kind: CheckKind) -> Self {
+        Self {
+            kind,
+            path: None,
+            interval: None,
+            timeout: None,
+            rise: None,
+            fall: None,
+            ca_file: None,
+            server_name: None,
+        }
+    }
+
     /// The path an https check asks for.
     pub fn path(&self) -> &str {
         self.path.as_ref().map_or("/readyz", |at| at.as_str())
@@ -495,6 +556,19 @@ impl Config {
         }
         for frontend in &self.frontend {
             faults.frontend(frontend, &mut names, &mut listeners);
+        }
+        let mut backends = self.frontend.iter().flat_map(|frontend| frontend.backends.iter());
+        if let Some(at) = &self.health_backend
+            && !backends.any(|backend| backend.address == at.value)
+        {
+            faults.error(
+                at,
+                format!(
+                    "no frontend has the backend {}: /healthz would always answer 503",
+                    at.value
+                ),
+                "write one of the backends, or remove the key",
+            );
         }
         faults.0.sort_by_key(|fault| fault.span.start);
         faults.0
@@ -598,6 +672,16 @@ impl Faults {
         self.backends(frontend);
         self.proxy(frontend);
         self.hedge(frontend);
+        if let Some(at) = &frontend.shed
+            && at.value
+            && frontend.balance == Balance::Source
+        {
+            self.warn(
+                at,
+                "nothing is shed: by source hash a client comes back to the backend it was moved away from",
+                "remove the key, or choose another balance",
+            );
+        }
         self.limits(&frontend.limits);
         self.health(frontend);
     }
@@ -1076,6 +1160,13 @@ string_schema!(
     r"^[0-9a-fA-F:.]+(/[0-9]+)?$"
 );
 
+string_schema!(
+    Address,
+    "Address",
+    "HOST:PORT, where the host is an IP address or a DNS name.",
+    r"^.+:[0-9]+$"
+);
+
 impl Cidr {
     /// Whether `address` is inside; an IPv4-mapped address is judged as the IPv4 address it is.
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -1105,6 +1196,12 @@ impl FromStr for Cidr {
             return Err(wrong());
         }
         Ok(Self { network, length })
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }
 
@@ -1199,6 +1296,14 @@ max_ban = "5m"
 "#;
 
     #[test]
+    fn the_backend_that_healthz_follows_has_to_be_one() {
+        let text = format!("health_backend = \"[fd00::22]:31443\"\n{INGRESS}");
+        assert_eq!(faults(&text), []);
+        let text = text.replacen("[fd00::22]", "[fd00::23]", 1);
+        assert!(faults(&text)[0].1.contains("503"), "{:?}", faults(&text));
+    }
+
+    #[test]
     fn an_ingress_names_its_proxies_and_limits() {
         let config = parse(INGRESS);
         assert_eq!(config.check(), []);
@@ -1248,6 +1353,12 @@ max_ban = "5m"
             false,
         );
         told(one("fd00::/8", "::/0"), "\"::/0\"", "forged", true);
+        told(
+            one("shed = true", "shed = true\nbalance = \"source\""),
+            "true",
+            "nothing is shed",
+            true,
+        );
         told(
             one("mode = \"required\"", "timeout = \"2m\""),
             "\"2m\"",

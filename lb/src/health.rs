@@ -1,7 +1,8 @@
 //! Health of one backend: what its failed connects ([`Record`]) and its active checks ([`Checks`]) say.
 //!
 //! Passive health counts failed connects, either in a true sliding window or exactly as nginx's stream module does,
-//! and bans. A ban ends with one connection, the probe, that finds out for all. Active health counts answers in a row.
+//! and bans. A ban ends with one connection, the probe, that finds out for all; the next one in a row is twice as long.
+//! Active health counts answers in a row.
 //! A verdict that rests on timeouts alone asks for a proof of life first: silence is also what a lost packet or a busy
 //! machine looks like. Pure: `now` comes in, verdicts go out.
 
@@ -116,6 +117,8 @@ pub enum Verdict {
         tally: String,
         /// It was not in since the last ban: its probe failed.
         again: bool,
+        /// For how long, for people: `10 s`, `20 s, the 2nd time in a row`.
+        term: String,
     },
     /// There would be a ban, but there is a proof of life.
     Vetoed {
@@ -132,6 +135,10 @@ pub struct Record {
     counter: Counter,
     /// Some = not in. In nginx's profile this goes hand in hand with `fails >= max_fails`.
     ban: Option<Ban>,
+    /// Bans in a row, the one that runs included. In good standing it shrinks; see [`Record::row`].
+    bans: u32,
+    /// Since when it is in good standing; without meaning while there is a ban or none was before.
+    good: Moment,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -180,7 +187,27 @@ impl Record {
         } else {
             Counter::Sliding(VecDeque::new())
         };
-        Self { counter, ban: None }
+        Self {
+            counter,
+            ban: None,
+            bans: 0,
+            good: Moment::default(),
+        }
+    }
+
+    /// Bans in a row, the next one not included: each `fail_timeout` in good standing takes one back, counted from the
+    /// first one of the longest (the rule of Envoy's outlier detection).
+    fn row(&self, rules: &Rules, now: Moment) -> u32 {
+        if self.ban.is_some() {
+            return self.bans;
+        }
+        let steps = (now - self.good).as_millis() / rules.fail_timeout.as_millis().max(1);
+        if steps == 0 {
+            return self.bans;
+        }
+        let longest = (1..=self.bans).find(|bans| length(rules, *bans) >= rules.max_ban);
+        let steps = u32::try_from(steps).unwrap_or(u32::MAX);
+        longest.unwrap_or(self.bans).saturating_sub(steps)
     }
 
     /// Whether new connections may go there.
@@ -189,7 +216,7 @@ impl Record {
         let over = match (&self.counter, ban.probe) {
             // A probe that is never answered lapses by the same rule, since its pick renewed `checked`.
             (Counter::Nginx(fails), _) => fails.stale(&terms.rules, now),
-            (Counter::Sliding(_), None) => now - ban.since >= terms.rules.fail_timeout,
+            (Counter::Sliding(_), None) => now - ban.since >= length(&terms.rules, self.bans),
             (Counter::Sliding(_), Some(at)) => now - at > terms.connect_timeout + LAPSE,
         };
         match (over, ban.probe) {
@@ -224,27 +251,39 @@ impl Record {
         }
     }
 
+    /// The ban runs out now: the next connection is the probe. nginx's go on.
+    pub fn hasten(&mut self, terms: &Terms, now: Moment) {
+        if let (Counter::Sliding(_), Some(ban)) = (&self.counter, &mut self.ban) {
+            let over = now.since_boot().saturating_sub(length(&terms.rules, self.bans));
+            ban.since = ban.since.min(Moment::new(over));
+        }
+    }
+
     /// A connect that began at `began` succeeded; true if that ended a ban.
     ///
     /// Sliding: only a connect that began after the ban forgives, and it forgives all; otherwise the window stays as it
     /// is. nginx: `fails` is zeroed if the pick came more than `fail_timeout` after the last failure; a connection that
     /// began after the ban without being the probe (all were out, which nginx does not try) zeroes as well.
-    pub fn succeeded(&mut self, began: Moment) -> bool {
+    pub fn succeeded(&mut self, began: Moment, now: Moment) -> bool {
         let answers = self.ban.as_ref().is_some_and(|ban| began >= ban.first);
         let forgives = match &self.counter {
             Counter::Sliding(_) => answers,
             Counter::Nginx(fails) => answers || fails.accessed < fails.checked,
         };
-        forgives && self.pardon()
+        forgives && self.pardon(now)
     }
 
     /// Forgets every failure; true if that ended a ban.
-    pub fn pardon(&mut self) -> bool {
+    pub fn pardon(&mut self, now: Moment) -> bool {
         match &mut self.counter {
             Counter::Sliding(window) => window.clear(),
             Counter::Nginx(fails) => fails.fails = 0,
         }
-        self.ban.take().is_some()
+        let ended = self.ban.take().is_some();
+        if ended {
+            self.good = now;
+        }
+        ended
     }
 
     /// A connect failed, and not by this machine's fault. `alive` is asked only if a ban would rest on timeouts alone.
@@ -296,6 +335,7 @@ impl Record {
             return Verdict::Vetoed { tally };
         }
         let again = standing != Standing::In;
+        self.bans = self.row(&terms.rules, now).saturating_add(1);
         let first = self.ban.as_ref().map_or(now, |ban| ban.first);
         self.ban = Some(Ban {
             first,
@@ -303,7 +343,20 @@ impl Record {
             cause: format!("{}, {tally}", failure.text()),
             probe: None,
         });
-        Verdict::Banned { tally, again }
+        Verdict::Banned {
+            tally,
+            again,
+            term: self.term(&terms.rules),
+        }
+    }
+
+    /// How long the ban lasts, for people.
+    fn term(&self, rules: &Rules) -> String {
+        let length = text(length(rules, self.bans));
+        match self.bans {
+            0 | 1 => length,
+            bans => format!("{length}, the {bans}{} time in a row", suffix(bans)),
+        }
     }
 
     /// The failure stays on record, but nothing follows from it.
@@ -324,11 +377,9 @@ impl Record {
     /// Goes on under other rules; true if that ended a ban.
     pub fn fit(&mut self, rules: &Rules) -> bool {
         if rules.max_fails == 0 {
-            *self = Self {
-                ban: self.ban.take(),
-                ..Self::new(rules)
-            };
-            return self.pardon();
+            let ended = self.ban.is_some();
+            *self = Self::new(rules);
+            return ended;
         }
         match &mut self.counter {
             Counter::Sliding(window) if rules.nginx => {
@@ -372,6 +423,7 @@ impl Record {
             return false;
         };
         if fails.fails < rules.max_fails {
+            self.bans = 0;
             return self.ban.take().is_some();
         }
         if self.ban.is_none() {
@@ -395,7 +447,7 @@ impl Record {
             Standing::Probing => "one connection is finding out".to_owned(),
             Standing::Out => {
                 let left = match &self.counter {
-                    Counter::Sliding(_) => terms.rules.fail_timeout.saturating_sub(now - ban.since),
+                    Counter::Sliding(_) => length(&terms.rules, self.bans).saturating_sub(now - ban.since),
                     Counter::Nginx(fails) => {
                         let end = fails
                             .checked
@@ -407,7 +459,11 @@ impl Record {
                 format!("probed again in {} s", left.as_millis().div_ceil(1000))
             }
         };
-        Some(format!("{}; {next}", ban.cause))
+        let term = match self.bans {
+            0 | 1 => String::new(),
+            _ => format!("banned for {}; ", self.term(&terms.rules)),
+        };
+        Some(format!("{}; {term}{next}", ban.cause))
     }
 
     /// For a snapshot.
@@ -419,6 +475,8 @@ impl Record {
         });
         let mut saved = SavedRecord {
             ban,
+            bans: self.bans,
+            good: self.good,
             ..SavedRecord::default()
         };
         match &self.counter {
@@ -444,7 +502,7 @@ impl Record {
     }
 
     /// From a snapshot. What claims to have happened after `now` (another boot) happened now, so that no ban outlasts
-    /// `fail_timeout`.
+    /// its length.
     pub fn restore(saved: &SavedRecord, rules: &Rules, now: Moment) -> Self {
         let counter = saved.nginx.map_or_else(
             || {
@@ -469,7 +527,13 @@ impl Record {
             cause: ban.cause.clone(),
             probe: None,
         });
-        let mut record = Self { counter, ban };
+        let mut record = Self {
+            counter,
+            ban,
+            // A version whose bans did not grow wrote no number.
+            bans: saved.bans.max(u32::from(saved.ban.is_some())),
+            good: saved.good.min(now),
+        };
         record.fit(rules);
         record
     }
@@ -486,6 +550,27 @@ impl Fails {
         self.fails = self.fails.saturating_add(1);
         self.accessed = now.as_secs();
         self.checked = now.as_secs();
+    }
+}
+
+/// How long the `bans`th ban in a row lasts: twice as long as the one before, up to `max_ban`. nginx's are all alike.
+fn length(rules: &Rules, bans: u32) -> Duration {
+    if rules.nginx {
+        return rules.fail_timeout;
+    }
+    let double = 2_u32.saturating_pow(bans.saturating_sub(1));
+    let grown = rules.fail_timeout.saturating_mul(double);
+    grown.min(rules.max_ban).max(rules.fail_timeout)
+}
+
+/// Of an ordinal number, for people: 2nd, 3rd, 11th.
+const fn suffix(number: u32) -> &'static str {
+    match (number % 100, number % 10) {
+        (11..=13, _) => "th",
+        (_, 1) => "st",
+        (_, 2) => "nd",
+        (_, 3) => "rd",
+        _ => "th",
     }
 }
 
@@ -674,6 +759,8 @@ pub struct SavedRecord {
     window: Vec<SavedFault>,
     nginx: Option<Fails>,
     ban: Option<SavedBan>,
+    bans: u32,
+    good: Moment,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -725,7 +812,7 @@ mod tests {
     fn a_success_does_not_empty_the_sliding_window() {
         let mut record = Record::new(&SLIDING.rules);
         refuse(&mut record, &SLIDING, 0.0);
-        assert!(!record.succeeded(at(5.0)));
+        assert!(!record.succeeded(at(5.0), at(5.0)));
         assert!(banned(&refuse(&mut record, &SLIDING, 9.0)));
     }
 
@@ -746,10 +833,10 @@ mod tests {
         let mut record = Record::new(&SLIDING.rules);
         refuse(&mut record, &SLIDING, 1.0);
         refuse(&mut record, &SLIDING, 1.0);
-        assert!(!record.succeeded(at(0.9)));
+        assert!(!record.succeeded(at(0.9), at(0.9)));
         assert_eq!(record.standing(&SLIDING, at(1.0)), Standing::Out);
         assert!(
-            record.succeeded(at(1.1)),
+            record.succeeded(at(1.1), at(1.1)),
             "a later one shows that it is back, whoever made it"
         );
         assert_eq!(record.standing(&SLIDING, at(1.1)), Standing::In);
@@ -814,7 +901,7 @@ mod tests {
             Standing::Due,
             "never answered: the same rule again"
         );
-        assert!(record.succeeded(at(11.0)));
+        assert!(record.succeeded(at(11.0), at(11.0)));
         assert_eq!(record.standing(&terms, at(22.0)), Standing::In);
     }
 
@@ -938,6 +1025,93 @@ mod tests {
     }
 
     #[test]
+    fn bans_in_a_row_last_10_20_40_and_then_60_s() {
+        let mut record = Record::new(&GROWING.rules);
+        refuse(&mut record, &GROWING, 0.0);
+        let mut now = 0.0;
+        for (length, term) in [
+            (10.0, "10 s"),
+            (20.0, "20 s, the 2nd time in a row"),
+            (40.0, "40 s, the 3rd time in a row"),
+            (60.0, "60 s, the 4th time in a row"),
+            (60.0, "60 s, the 5th time in a row"),
+        ] {
+            let Verdict::Banned { term: said, .. } = refuse(&mut record, &GROWING, now) else {
+                panic!("banned")
+            };
+            assert_eq!(said, term);
+            assert_eq!(record.standing(&GROWING, at(now + length - 0.1)), Standing::Out);
+            now += length;
+            assert_eq!(record.standing(&GROWING, at(now)), Standing::Due);
+        }
+    }
+
+    #[test]
+    fn each_fail_timeout_in_good_standing_takes_one_step_back_from_the_longest_ban() {
+        // Seven bans in a row, then good since 0.
+        for (good_for, term) in [
+            (9.9, "60 s, the 8th time in a row"),
+            (10.0, "60 s, the 4th time in a row"),
+            (20.0, "40 s, the 3rd time in a row"),
+            (30.0, "20 s, the 2nd time in a row"),
+            (40.0, "10 s"),
+            (4000.0, "10 s"),
+        ] {
+            let mut record = seven_bans();
+            refuse(&mut record, &GROWING, good_for);
+            let verdict = refuse(&mut record, &GROWING, good_for);
+            assert!(
+                matches!(&verdict, Verdict::Banned { term: said, again: false, .. } if said == term),
+                "after {good_for} s: {verdict:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn how_often_it_was_banned_outlives_the_worker_and_a_reload() {
+        let record = seven_bans();
+        let saved = serde_json::to_string(&record.save()).expect("it serializes");
+        let saved: SavedRecord = serde_json::from_str(&saved).expect("it reads");
+        let mut heir = Record::restore(&saved, &GROWING.rules, at(1.0));
+        assert_eq!(heir, record);
+        heir.fit(&GROWING.rules);
+        assert_eq!(heir, record);
+        // A version whose bans did not grow wrote the ban alone.
+        let old =
+            r#"{"ban":{"first":{"secs":1000,"nanos":0},"since":{"secs":1000,"nanos":0},"cause":"connect refused"}}"#;
+        let saved: SavedRecord = serde_json::from_str(old).expect("it reads");
+        let mut heir = Record::restore(&saved, &GROWING.rules, at(1.0));
+        assert_eq!(heir.standing(&GROWING, at(9.9)), Standing::Out);
+        let verdict = refuse(&mut heir, &GROWING, 10.0);
+        assert!(
+            matches!(&verdict, Verdict::Banned { term, .. } if term == "20 s, the 2nd time in a row"),
+            "{verdict:?}"
+        );
+    }
+
+    #[test]
+    fn nginx_bans_do_not_grow() {
+        let mut terms = nginx(1);
+        terms.rules.max_ban = Duration::from_secs(60);
+        let mut record = Record::new(&terms.rules);
+        for round in 0..5 {
+            let now = f64::from(round) * 11.0;
+            assert!(banned(&refuse(&mut record, &terms, now)));
+            assert_eq!(record.standing(&terms, at(now + 10.9)), Standing::Out);
+            assert_eq!(record.standing(&terms, at(now + 11.0)), Standing::Due);
+        }
+    }
+
+    #[test]
+    fn a_hastened_ban_is_probed_by_the_next_connection() {
+        let mut record = Record::new(&GROWING.rules);
+        refuse(&mut record, &GROWING, 0.0);
+        refuse(&mut record, &GROWING, 0.0);
+        record.hasten(&GROWING, at(1.0));
+        assert!(record.picked(&GROWING, at(1.0)));
+    }
+
+    #[test]
     fn checks_take_a_backend_down_after_fall_bad_answers_in_a_row() {
         let mut checks = Checks::default();
         assert_eq!(
@@ -1026,7 +1200,24 @@ mod tests {
         },
         connect_timeout: Duration::from_secs(1),
     };
+    /// As configured by default.
+    const GROWING: Terms = Terms {
+        rules: Rules {
+            max_ban: Duration::from_secs(60),
+            ..SLIDING.rules
+        },
+        ..SLIDING
+    };
     const ROUNDS: Rounds = Rounds { rise: 2, fall: 3 };
+
+    /// Its last ban ended at 0.
+    fn seven_bans() -> Record {
+        Record {
+            bans: 7,
+            good: at(0.0),
+            ..Record::new(&GROWING.rules)
+        }
+    }
 
     fn nginx(max_fails: u32) -> Terms {
         Terms {
@@ -1055,7 +1246,7 @@ mod tests {
 
     fn connect(record: &mut Record, terms: &Terms, seconds: f64) {
         record.picked(terms, at(seconds));
-        record.succeeded(at(seconds));
+        record.succeeded(at(seconds), at(seconds));
     }
 
     fn refused() -> CheckOutcome {

@@ -8,16 +8,28 @@
 pub mod balance;
 pub mod config;
 pub mod health;
+#[cfg(feature = "io")]
 pub mod io;
+pub mod limits;
 pub mod moment;
 pub mod pool;
 pub mod proxy;
+pub mod sni;
 pub mod status;
 pub mod wheel;
 
 use std::{net::SocketAddr, ops::Range, path::PathBuf};
 
 pub use config::Config;
+
+/// A drain that an operator asked for and that outlives restarts.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub struct Drain {
+    /// The frontend.
+    pub frontend: String,
+    /// The backend as configured, `HOST:PORT`.
+    pub backend: String,
+}
 
 /// Something the supervisor opens before the worker exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +45,7 @@ pub struct Need {
 /// The kinds of [`Need`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum What {
-    /// A TCP listener with keepalive and TCP_USER_TIMEOUT as [`io::socket`] sets them.
+    /// A TCP listener with keepalive and TCP_USER_TIMEOUT as `io::socket` sets them.
     Listener {
         /// Where; unique within the configuration.
         address: SocketAddr,

@@ -7,9 +7,14 @@
 //! pick -> connected -> closed      an attempt that succeeds
 //!      -> failed                   one that does not; then pick again, with it among the tried
 //!      -> abandoned                the client left first
+//! pick -> hedge                    no answer yet: a second attempt beside the first; both end as above, but
+//!      -> slow                     the one that is overtaken
 //! ```
-//! Every pick ends in exactly one of `connected`, `failed` and `abandoned`, every `connected` in one `closed`. Ids come
-//! from sessions on other threads: one that means nothing (any more) is ignored.
+//! Every pick and every hedge ends in exactly one of `connected`, `failed`, `abandoned` and `slow`, every `connected` in
+//! one `closed`. Ids come from sessions on other threads: one that means nothing (any more) is ignored.
+//!
+//! A backend that comes back starts slowly: its weight grows from a tenth to all of it. Sessions that run do not move by
+//! themselves: [`Pool::surplus`] says how many may be closed where, so that their clients go to a backend with fewer.
 //!
 //! A configured backend is an *entry*; each address it stands for is an *endpoint* with an id, a state and counters of
 //! its own. An address has one endpoint; a name has one per address it resolves to, or a placeholder in
@@ -25,7 +30,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::health::{CheckOutcome, Failure, Rounds};
 use crate::{
-    balance::{self, Random, Share},
+    balance::{self, FULL, Random, Share},
     config::{self, Address, Balance, OnDown, Passive},
     health::{self, Checks, PROOF, Record, SavedRecord, Standing, Terms, Turn, Verdict},
     moment::Moment,
@@ -38,6 +43,18 @@ const FAIL_OPEN_EVERY: Duration = Duration::from_secs(10);
 /// Between two events of one backend about failures that nothing follows from (it is out already, it is the only one,
 /// a veto): there may be thousands of them in a second.
 const REPEAT_EVERY: Duration = Duration::from_secs(1);
+
+/// The time in which at most [`SHED`] of the surplus is shed, and between two [`EventKind::Shed`] of one backend.
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// The part of the surplus that is shed in a [`MINUTE`]; at least one session.
+const SHED: f64 = 0.1;
+
+/// Sessions are shed while a backend has fewer than its share divided by this.
+const EVEN: f64 = 1.25;
+
+/// With fewer sessions per backend than this nothing is shed.
+const TRIVIAL: u64 = 2;
 
 /// One endpoint. Stable for the life of the process, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,6 +73,8 @@ pub struct Settings {
     pub on_down: OnDown,
     /// Streaks of the active check; `None` if there is no active check.
     pub rounds: Option<Rounds>,
+    /// How long a backend that comes back takes to get its full share; `None` = no time.
+    pub slow_start: Option<Duration>,
     /// Seed of [`Balance::RandomTwo`]'s draws.
     pub seed: u64,
 }
@@ -101,6 +120,10 @@ pub struct Pool {
     retired: Vec<Endpoint>,
     next_id: u32,
     random: Random,
+    /// When [`Pool::surplus`] was asked last.
+    surplus_at: Option<Moment>,
+    /// Sessions that may be shed; fractions add up.
+    credit: f64,
 }
 
 /// One configured backend.
@@ -134,6 +157,12 @@ struct Endpoint {
     repeated_at: Option<Moment>,
     vetoed_at: Option<Moment>,
     failed_open_at: Option<Moment>,
+    slow_at: Option<Moment>,
+    shed_at: Option<Moment>,
+    /// Sessions shed since `shed_at`.
+    shed_since: u64,
+    /// When it came back, until its slow start is over.
+    returned: Option<Moment>,
     counters: Counters,
 }
 
@@ -156,6 +185,9 @@ struct Counters {
     connect_failures: u64,
     ejections: Ejections,
     vetoes: u64,
+    hedges: u64,
+    slow: u64,
+    shed: u64,
     latency: Histogram,
 }
 
@@ -171,6 +203,7 @@ impl Settings {
                 rise: active.rise(),
                 fall: active.fall(),
             }),
+            slow_start: frontend.health.slow_start(),
             seed,
         }
     }
@@ -195,6 +228,8 @@ impl Pool {
             retired: Vec::new(),
             next_id: 0,
             random,
+            surplus_at: None,
+            credit: 0.0,
         };
         pool.arrange(backends, now);
         pool
@@ -293,8 +328,9 @@ impl Pool {
     ///
     /// `tried` are those that this client's connection has failed with. In this order: healthy primaries and those
     /// whose ban has run out, by the configured balance; backups likewise; then, in every profile (nginx gives up
-    /// here), those that are alive but not ready, by balance; then those that are out, the one with the oldest verdict
-    /// first. Drained, unresolved and retired ones never: then there is no pick.
+    /// here), those that are alive but not ready, by balance; then those that are out, the one with the fewest connects
+    /// under way and then with the oldest verdict first, so that not everybody waits for the same one. Drained,
+    /// unresolved and retired ones never: then there is no pick.
     pub fn pick(&mut self, client: IpAddr, tried: &[BackendId], now: Moment) -> (Option<Pick>, Vec<Action>) {
         let Self {
             settings, live, random, ..
@@ -307,6 +343,7 @@ impl Pool {
             } else {
                 endpoint.class(&terms, now)
             };
+            endpoint.ramp(settings, now);
             let tier = match (endpoint.class, endpoint.backup) {
                 (Class::Usable, false) => 0,
                 (Class::Usable, true) => 1,
@@ -330,7 +367,7 @@ impl Pool {
                 .iter()
                 .enumerate()
                 .filter(|(_, endpoint)| endpoint.class == Class::Out);
-            out.min_by_key(|(_, endpoint)| endpoint.out_since())
+            out.min_by_key(|(_, endpoint)| (endpoint.connecting, endpoint.out_since()))
                 .map(|(index, _)| index)
         } else {
             for endpoint in live.iter_mut() {
@@ -346,8 +383,7 @@ impl Pool {
             return (None, Vec::new());
         };
         let mut actions = Vec::new();
-        endpoint.connecting = endpoint.connecting.saturating_add(1);
-        endpoint.share.sessions = endpoint.share.sessions.saturating_add(1);
+        endpoint.begin_connect();
         let fail_open = class != Class::Usable;
         let probe = class != Class::Out && endpoint.record.picked(&terms, now);
         if probe {
@@ -372,32 +408,76 @@ impl Pool {
         )
     }
 
+    /// Chooses a second backend while a connect to one of `tried` is under way, and counts its session at once.
+    ///
+    /// Only a healthy one will do, a backup only if no primary is left: a hedge spares the client a wait, it is not
+    /// there to find out about a backend that is out. Whichever connects first is `connected`, the other one `slow`.
+    pub fn hedge(&mut self, client: IpAddr, tried: &[BackendId], now: Moment) -> (Option<Pick>, Vec<Action>) {
+        let Self {
+            settings, live, random, ..
+        } = self;
+        let terms = settings.terms();
+        for endpoint in live.iter_mut() {
+            endpoint.share.open = !tried.contains(&endpoint.id) && endpoint.state_at(&terms, now) == State::Healthy;
+            endpoint.ramp(settings, now);
+        }
+        if live.iter().any(|endpoint| endpoint.share.open && !endpoint.backup) {
+            for endpoint in live.iter_mut().filter(|endpoint| endpoint.backup) {
+                endpoint.share.open = false;
+            }
+        }
+        let chosen = balance::choose(settings.balance, live, client, random);
+        let Some(endpoint) = chosen.and_then(|index| live.get_mut(index)) else {
+            return (None, Vec::new());
+        };
+        let Some(address) = endpoint.address else {
+            return (None, Vec::new());
+        };
+        endpoint.begin_connect();
+        endpoint.record.picked(&terms, now);
+        endpoint.counters.hedges = endpoint.counters.hedges.saturating_add(1);
+        let pick = Pick {
+            id: endpoint.id,
+            address,
+            probe: false,
+            fail_open: false,
+        };
+        (Some(pick), Vec::new())
+    }
+
     /// A connect succeeded and its session is established. `took` is the time since its own pick, not the client's.
     pub fn connected(&mut self, id: BackendId, took: Duration, now: Moment) -> Vec<Action> {
-        let Self {
-            settings,
-            live,
-            retired,
-            ..
-        } = self;
-        let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) else {
+        let Some(endpoint) = self.connecting(id) else {
             return Vec::new();
         };
         endpoint.connecting -= 1;
-        endpoint.connected_at = Some(now);
         endpoint.counters.connections = endpoint.counters.connections.saturating_add(1);
-        endpoint.counters.latency.record(took);
-        let began = Moment::new(now.since_boot().saturating_sub(took));
-        if !endpoint.record.succeeded(began) {
+        self.answered(id, took, now).into_iter().collect()
+    }
+
+    /// A connect is not used, because another backend was faster, and its session is over.
+    ///
+    /// `took` as for [`Pool::connected`] if it succeeded in the end: for its health that is a success, as it did answer.
+    /// `None` if nobody waited for its answer. One that failed in the end is [`Pool::failed`].
+    pub fn slow(&mut self, id: BackendId, took: Option<Duration>, now: Moment) -> Vec<Action> {
+        let Some(endpoint) = self.connecting(id) else {
             return Vec::new();
+        };
+        endpoint.release_connect();
+        endpoint.counters.slow = endpoint.counters.slow.saturating_add(1);
+        let told = due(&mut endpoint.slow_at, REPEAT_EVERY, now).then(|| {
+            let reason = took.map_or_else(
+                || "no answer yet; another backend was faster".to_owned(),
+                |took| format!("connected after {}; another backend was faster", health::text(took)),
+            );
+            endpoint.event(EventKind::Slow, reason)
+        });
+        let mut actions: Vec<Action> = told.filter(|_| self.is_live(id)).into_iter().collect();
+        match took {
+            Some(took) => actions.extend(self.answered(id, took, now)),
+            None => self.unanswered(id, now),
         }
-        endpoint.settle(settings, now);
-        let up = endpoint.event(EventKind::Up, format!("connected in {}", health::text(took)));
-        if live.iter().any(|endpoint| endpoint.id == id) {
-            vec![up]
-        } else {
-            Vec::new()
-        }
+        actions
     }
 
     /// A connect failed and its session is over.
@@ -413,13 +493,13 @@ impl Pool {
         now: Moment,
     ) -> Vec<Action> {
         let lone = self.is_lone();
+        let is_live = self.is_live(id);
         let Self {
             settings,
             live,
             retired,
             ..
         } = self;
-        let is_live = live.iter().any(|endpoint| endpoint.id == id);
         let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) else {
             return Vec::new();
         };
@@ -470,16 +550,12 @@ impl Pool {
                 let failed = endpoint.event(EventKind::Failure, format!("{text} ({tally})"));
                 vec![failed, endpoint.event(EventKind::Veto, veto)]
             }
-            Verdict::Banned { tally, again } => {
+            Verdict::Banned { tally, again, term } => {
                 endpoint.checks.restart();
                 if !again {
                     endpoint.counters.eject(failure);
                 }
-                let ban = health::text(settings.passive.fail_timeout);
-                let ban = format!(
-                    "{text}, {tally}; banned for {}{ban}",
-                    if again { "another " } else { "" }
-                );
+                let ban = format!("{text}, {tally}; banned for {term}");
                 let failed = endpoint.event(EventKind::Failure, format!("{text} ({tally})"));
                 let mut actions = vec![failed, endpoint.event(EventKind::Ban, ban)];
                 endpoint.reset_sessions(settings, &mut actions);
@@ -490,15 +566,9 @@ impl Pool {
 
     /// The client left while connecting, and the session is over. If it was the probe, the next pick probes instead.
     pub fn abandoned(&mut self, id: BackendId, now: Moment) {
-        let Self {
-            settings,
-            live,
-            retired,
-            ..
-        } = self;
-        if let Some(endpoint) = find(live, retired, id).filter(|endpoint| endpoint.connecting > 0) {
+        if let Some(endpoint) = self.connecting(id) {
             endpoint.release_connect();
-            endpoint.no_answer(settings, now);
+            self.unanswered(id, now);
         }
     }
 
@@ -509,6 +579,96 @@ impl Pool {
         {
             endpoint.share.sessions -= 1;
         }
+    }
+
+    /// How many sessions each backend may lose now, so that their clients go to one that has fewer than its share; to be
+    /// asked every few seconds, as each answer allows for the time since the one before.
+    ///
+    /// Shares are by weight, among the healthy backends whose slow start is over, backups only if there is no healthy
+    /// primary. Nothing is to be shed unless one of them has less than its share / 1.25, nor with fewer than 2 sessions
+    /// per backend. In a minute it is at most a tenth of the surplus (what is above the shares), but one session: few
+    /// sessions, too, get even in the end. What cannot be closed at once is not owed: the next answer allows for it.
+    pub fn surplus(&mut self, now: Moment) -> Vec<(BackendId, u32)> {
+        let since = self.surplus_at.replace(now).map_or(Duration::ZERO, |at| now - at);
+        let mut parts = self.parts(now);
+        let sessions: u64 = parts.iter().map(|part| part.sessions).sum();
+        let weights: f64 = parts.iter().map(|part| part.weight).sum();
+        for part in &mut parts {
+            part.surplus = part.sessions as f64 - sessions as f64 * part.weight / weights;
+        }
+        let lacks = |part: &Part| (part.sessions as f64) * EVEN < part.sessions as f64 - part.surplus;
+        if sessions < TRIVIAL * parts.len() as u64 || !parts.iter().any(lacks) {
+            self.credit = 0.0;
+            return Vec::new();
+        }
+        let surplus: f64 = parts.iter().map(|part| part.surplus.max(0.0)).sum();
+        let minutes = since.min(MINUTE).as_secs_f64() / MINUTE.as_secs_f64();
+        self.credit += (surplus * SHED).max(1.0) * minutes;
+        while self.credit >= 1.0 {
+            let losers = parts
+                .iter_mut()
+                .filter(|part| part.surplus > 0.0 && u64::from(part.shed) < part.established);
+            let Some(part) = losers.max_by(|a, b| a.surplus.total_cmp(&b.surplus)) else {
+                break;
+            };
+            part.shed += 1;
+            part.surplus -= 1.0;
+            self.credit -= 1.0;
+        }
+        self.credit = self.credit.fract();
+        let shed = parts.iter().filter(|part| part.shed > 0);
+        shed.map(|part| (part.id, part.shed)).collect()
+    }
+
+    /// So many sessions of a backend were really closed for [`Pool::surplus`]; each is [`Pool::closed`] besides.
+    pub fn shed(&mut self, id: BackendId, count: u32, now: Moment) -> Vec<Action> {
+        let is_live = self.is_live(id);
+        let Self { live, retired, .. } = self;
+        let Some(endpoint) = find(live, retired, id).filter(|_| count > 0) else {
+            return Vec::new();
+        };
+        endpoint.counters.shed = endpoint.counters.shed.saturating_add(u64::from(count));
+        endpoint.shed_since = endpoint.shed_since.saturating_add(u64::from(count));
+        if !is_live || !due(&mut endpoint.shed_at, MINUTE, now) {
+            return Vec::new();
+        }
+        let reason = match std::mem::take(&mut endpoint.shed_since) {
+            1 => "1 session closed, so that its client goes to a backend with fewer".to_owned(),
+            count => format!("{count} sessions closed, so that their clients go to a backend with fewer"),
+        };
+        vec![endpoint.event(EventKind::Shed, reason)]
+    }
+
+    /// Takes over an established session from another process: it is counted as running, not as a connection. To be
+    /// ended by [`Pool::closed`], also if its backend is configured or resolved to no more.
+    pub fn adopt(&mut self, backend: &Address, address: SocketAddr, now: Moment) -> BackendId {
+        let Self { live, retired, .. } = self;
+        let is_same = |endpoint: &&mut Endpoint| endpoint.entry == *backend && endpoint.address == Some(address);
+        if let Some(endpoint) = live.iter_mut().chain(retired).find(is_same) {
+            endpoint.share.sessions = endpoint.share.sessions.saturating_add(1);
+            return endpoint.id;
+        }
+        let known = self.entries.iter().find(|entry| entry.backend.address == *backend);
+        let entry = known.cloned().unwrap_or_else(|| Entry {
+            backend: config::Backend {
+                address: backend.clone(),
+                weight: 1,
+                backup: false,
+            },
+            drained: false,
+        });
+        let mut endpoint = self.endpoint(&entry, Some(address), now);
+        endpoint.share.sessions = 1;
+        let id = endpoint.id;
+        self.retired.push(endpoint);
+        id
+    }
+
+    /// What [`Pool::adopt`] needs to know about a session of this backend.
+    pub fn place_of(&self, id: BackendId) -> Option<(Address, SocketAddr)> {
+        let mut all = self.live.iter().chain(&self.retired);
+        let endpoint = all.find(|endpoint| endpoint.id == id)?;
+        Some((endpoint.entry.clone(), endpoint.address?))
     }
 
     /// An active check answered; `proof` as for [`Pool::failed`].
@@ -526,12 +686,11 @@ impl Pool {
         let (Some(endpoint), Some(rounds)) = (endpoint, settings.rounds) else {
             return Vec::new();
         };
-        let connected_at = endpoint.connected_at;
         let turn = endpoint
             .checks
-            .answered(rounds, outcome, || is_alive(connected_at, proof, now), now);
+            .answered(rounds, outcome, || proof().is_some_and(|age| age <= PROOF), now);
         // Answers that came since the ban say as much as the probe would.
-        let pardoned = endpoint.checks.risen(rounds) && endpoint.record.pardon();
+        let pardoned = endpoint.checks.risen(rounds) && endpoint.record.pardon(now);
         endpoint.settle(settings, now);
         let mut actions = Vec::new();
         match turn {
@@ -604,8 +763,8 @@ impl Pool {
     /// Every endpoint that is not retired, in the order of the configuration; bytes and sessions reset are the caller's
     /// to fill in.
     pub fn status(&self, now: Moment) -> Vec<BackendStatus> {
-        let terms = self.settings.terms();
-        self.live.iter().map(|endpoint| endpoint.status(&terms, now)).collect()
+        let live = self.live.iter();
+        live.map(|endpoint| endpoint.status(&self.settings, now)).collect()
     }
 
     /// The endpoints of one configured backend, none if there is no such.
@@ -699,6 +858,88 @@ impl Pool {
         live.sort_by_cached_key(|endpoint| (place(endpoint), endpoint.address));
     }
 
+    fn is_live(&self, id: BackendId) -> bool {
+        self.live.iter().any(|endpoint| endpoint.id == id)
+    }
+
+    /// The endpoint of a connect under way.
+    fn connecting(&mut self, id: BackendId) -> Option<&mut Endpoint> {
+        let Self { live, retired, .. } = self;
+        find(live, retired, id).filter(|endpoint| endpoint.connecting > 0)
+    }
+
+    /// A connect that began `took` ago, and is counted as under way no more, succeeded.
+    fn answered(&mut self, id: BackendId, took: Duration, now: Moment) -> Option<Action> {
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
+        let terms = settings.terms();
+        let is_live = live.iter().any(|endpoint| endpoint.id == id);
+        let endpoint = find(live, retired, id)?;
+        endpoint.connected_at = Some(now);
+        endpoint.counters.latency.record(took);
+        let began = Moment::new(now.since_boot().saturating_sub(took));
+        if !endpoint.record.succeeded(began, now) {
+            return None;
+        }
+        endpoint.settle(settings, now);
+        let up = endpoint.event(EventKind::Up, format!("connected in {}", health::text(took)));
+        if !is_live {
+            return None;
+        }
+        let is_other = |endpoint: &&mut Endpoint| endpoint.id != id;
+        if !live
+            .iter_mut()
+            .filter(is_other)
+            .any(|other| other.state_at(&terms, now) == State::Healthy)
+        {
+            // Where all were out, the cause was most likely one for all. If the others' bans ran their course, the
+            // first to come back would have all clients to itself until then.
+            for other in live.iter_mut().filter(is_other) {
+                other.record.hasten(&terms, now);
+            }
+        }
+        Some(up)
+    }
+
+    /// A connect that is counted as under way no more ended without the backend's answer.
+    fn unanswered(&mut self, id: BackendId, now: Moment) {
+        let Self {
+            settings,
+            live,
+            retired,
+            ..
+        } = self;
+        if let Some(endpoint) = find(live, retired, id) {
+            endpoint.no_answer(settings, now);
+        }
+    }
+
+    /// Who takes part in the shedding.
+    fn parts(&self, now: Moment) -> Vec<Part> {
+        let terms = self.settings.terms();
+        let healthy = || {
+            let live = self.live.iter();
+            live.filter(|endpoint| endpoint.state_at(&terms, now) == State::Healthy)
+        };
+        let primary = healthy().any(|endpoint| !endpoint.backup);
+        let parts = healthy()
+            .filter(|endpoint| endpoint.backup != primary && endpoint.slow_start_left(&self.settings, now).is_none());
+        parts
+            .map(|endpoint| Part {
+                id: endpoint.id,
+                sessions: endpoint.share.sessions,
+                established: endpoint.share.sessions.saturating_sub(endpoint.connecting),
+                weight: f64::from(endpoint.weight.max(1)),
+                surplus: 0.0,
+                shed: 0,
+            })
+            .collect()
+    }
+
     fn of(&self, backend: &Address) -> impl Iterator<Item = &Endpoint> {
         self.live.iter().filter(move |endpoint| endpoint.entry == *backend)
     }
@@ -719,7 +960,7 @@ impl Pool {
             return;
         }
         for endpoint in self.live.iter_mut().filter(|endpoint| endpoint.address.is_some()) {
-            if endpoint.record.pardon() {
+            if endpoint.record.pardon(now) {
                 actions.push(endpoint.event(EventKind::Up, "the only backend stays in use"));
                 endpoint.settle(&self.settings, now);
             }
@@ -752,6 +993,10 @@ impl Endpoint {
             repeated_at: None,
             vetoed_at: None,
             failed_open_at: None,
+            slow_at: None,
+            shed_at: None,
+            shed_since: 0,
+            returned: None,
             counters: Counters::default(),
         }
     }
@@ -816,14 +1061,47 @@ impl Endpoint {
     fn settle(&mut self, settings: &Settings, now: Moment) {
         let state = self.state_at(&settings.terms(), now);
         if state != self.state {
+            if state == State::Healthy {
+                self.returned = settings.slow_start.map(|_| now);
+            }
             self.state = state;
             self.since = now;
         }
     }
 
+    /// Time until it has its full share.
+    fn slow_start_left(&self, settings: &Settings, now: Moment) -> Option<Duration> {
+        let left = settings.slow_start?.saturating_sub(now - self.returned?);
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Makes as much of its weight count as slow start allows: a tenth at first, all of it in the end.
+    fn ramp(&mut self, settings: &Settings, now: Moment) {
+        if self.returned.is_none() {
+            return;
+        }
+        let scale = match (self.slow_start_left(settings, now), settings.slow_start) {
+            (Some(left), Some(whole)) => {
+                let missing = f64::from(FULL) * 0.9 * left.div_duration_f64(whole);
+                FULL.saturating_sub(missing as u32).max(1)
+            }
+            _ => {
+                self.returned = None;
+                FULL
+            }
+        };
+        self.share.set_scale(scale);
+    }
+
     /// When the verdict that keeps it out was given.
     fn out_since(&self) -> Option<Moment> {
         self.checks.down().or_else(|| self.record.out_since())
+    }
+
+    /// One connect in flight, and so one session, more.
+    const fn begin_connect(&mut self) {
+        self.connecting = self.connecting.saturating_add(1);
+        self.share.sessions = self.share.sessions.saturating_add(1);
     }
 
     /// One connect in flight, and so one session, less.
@@ -860,13 +1138,17 @@ impl Endpoint {
         due(&mut self.repeated_at, REPEAT_EVERY, now).then(|| self.event(kind, reason()))
     }
 
-    fn status(&self, terms: &Terms, now: Moment) -> BackendStatus {
-        let state = self.state_at(terms, now);
+    fn status(&self, settings: &Settings, now: Moment) -> BackendStatus {
+        let terms = settings.terms();
+        let state = self.state_at(&terms, now);
+        let left = self.slow_start_left(settings, now);
+        let left = left.filter(|_| state == State::Healthy);
+        let left = left.map(|left| left.as_secs() + u64::from(left.subsec_nanos() > 0));
         BackendStatus {
             backend: self.entry.to_string(),
             address: self.address,
             state,
-            reason: self.reason(state, terms, now),
+            reason: self.reason(state, left, &terms, now),
             since_ms: u64::try_from((now - self.since).as_millis()).unwrap_or(u64::MAX),
             weight: self.weight,
             backup: self.backup,
@@ -879,17 +1161,30 @@ impl Endpoint {
             vetoes_total: self.counters.vetoes,
             sessions_reset_total: 0,
             connect_latency: self.counters.latency.clone(),
+            slow_start_remaining: left,
+            hedges_total: self.counters.hedges,
+            slow_total: self.counters.slow,
+            shed_total: self.counters.shed,
         }
     }
 
-    fn reason(&self, state: State, terms: &Terms, now: Moment) -> String {
+    fn reason(&self, state: State, slow_start_left: Option<u64>, terms: &Terms, now: Moment) -> String {
         match state {
             State::Unresolved => "its name does not resolve".to_owned(),
             State::Drained => "drained by an operator".to_owned(),
             State::Down | State::NotReady => self.checks.reason().to_owned(),
             State::Banned | State::Probing => self.record.reason(terms, now).unwrap_or_default(),
-            State::Healthy if self.backup => "in use while no primary is healthy".to_owned(),
-            State::Healthy => "in use".to_owned(),
+            State::Healthy => {
+                let mut reason = if self.backup {
+                    "in use while no primary is healthy".to_owned()
+                } else {
+                    "in use".to_owned()
+                };
+                if let Some(left) = slow_start_left {
+                    reason.push_str(&format!("; full share in {left} s"));
+                }
+                reason
+            }
         }
     }
 }
@@ -917,6 +1212,18 @@ impl Counters {
         };
         *counter = counter.saturating_add(1);
     }
+}
+
+/// What [`Pool::surplus`] knows of one backend.
+struct Part {
+    id: BackendId,
+    sessions: u64,
+    established: u64,
+    weight: f64,
+    /// Sessions above its share.
+    surplus: f64,
+    /// How many of them it may lose now.
+    shed: u32,
 }
 
 fn find<'a>(live: &'a mut [Endpoint], retired: &'a mut [Endpoint], id: BackendId) -> Option<&'a mut Endpoint> {
@@ -962,6 +1269,10 @@ struct Saved {
     ejections_timeout: u64,
     ejections_check: u64,
     vetoes_total: u64,
+    hedges_total: u64,
+    slow_total: u64,
+    shed_total: u64,
+    returned: Option<Moment>,
     /// Ignored unless it has as many buckets as [`Histogram`].
     latency_buckets: Vec<u64>,
     latency_sum_us: u64,
@@ -1011,6 +1322,9 @@ impl Saved {
             connect_failures,
             ejections,
             vetoes,
+            hedges,
+            slow,
+            shed,
             latency,
         } = &endpoint.counters;
         Self {
@@ -1027,6 +1341,10 @@ impl Saved {
             ejections_timeout: ejections.timeout,
             ejections_check: ejections.check,
             vetoes_total: *vetoes,
+            hedges_total: *hedges,
+            slow_total: *slow,
+            shed_total: *shed,
+            returned: endpoint.returned,
             latency_buckets: latency.buckets.to_vec(),
             latency_sum_us: latency.sum_us,
         }
@@ -1048,6 +1366,9 @@ impl Saved {
                 check: self.ejections_check,
             },
             vetoes: self.vetoes_total,
+            hedges: self.hedges_total,
+            slow: self.slow_total,
+            shed: self.shed_total,
             latency: latency.map_or_else(
                 |_| Histogram::default(),
                 |buckets| Histogram {
@@ -1059,12 +1380,15 @@ impl Saved {
         endpoint.settle(settings, now);
         if endpoint.state.name() == self.state {
             endpoint.since = self.since.min(now);
+            endpoint.returned = self.returned.map(|at| at.min(now));
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
 
     #[test]
@@ -1149,7 +1473,7 @@ mod tests {
         lab.ban(0, 0.0);
         lab.attempt(0, 12.0);
         let actions = lab.pool.failed(BackendId(0), Failure::Refused, never, at(12.5));
-        let reason = "connect refused, the probe failed; banned for another 10 s";
+        let reason = "connect refused, the probe failed; banned for 10 s, the 2nd time in a row";
         assert_eq!(actions[1], event(0, EventKind::Ban, reason));
         assert_eq!(lab.state(0, 22.4), State::Banned);
         assert_eq!(lab.status(0, 22.4).ejections.refused, 1, "it was not in since");
@@ -1310,7 +1634,18 @@ mod tests {
             lab.ban(1, 0.0);
             assert!(lab.attempt(1, 3.0).0.fail_open);
             assert_eq!(kinds(&lab.pool.connected(BackendId(1), MS, at(3.1))), [EventKind::Up]);
-            assert_eq!(lab.pick(3.2).id, BackendId(1));
+            assert_eq!(lab.state(1, 3.1), State::Healthy);
+            let next = lab.pick(3.2);
+            let wanted = if nginx {
+                (BackendId(1), false)
+            } else {
+                (BackendId(0), true)
+            };
+            assert_eq!(
+                (next.id, next.probe),
+                wanted,
+                "the others are tried at once, but not by nginx"
+            );
         }
     }
 
@@ -1948,6 +2283,467 @@ mod tests {
         );
     }
 
+    #[test]
+    fn bans_in_a_row_grow_and_say_so_and_shrink_in_good_standing() {
+        let mut lab = Lab::with(2, growing());
+        lab.ban(0, 0.0);
+        lab.attempt(0, 10.0);
+        let actions = lab.pool.failed(BackendId(0), Failure::Refused, never, at(10.0));
+        let reason = "connect refused, the probe failed; banned for 20 s, the 2nd time in a row";
+        assert_eq!(actions[1], event(0, EventKind::Ban, reason));
+        assert_eq!(lab.status(0, 13.0).reason, format!("{reason}; probed again in 17 s"));
+        let mut heir = Lab::with(2, growing());
+        heir.pool.restore(&through_json(&lab.pool.snapshot(at(13.0))), at(13.0));
+        heir.pool.reconfigure(growing(), &backends(2), at(13.0));
+        assert_eq!(heir.status(0, 13.0).reason, format!("{reason}; probed again in 17 s"));
+        assert!(heir.attempt(0, 30.0).0.probe);
+        heir.pool.connected(BackendId(0), MS, at(30.0));
+        heir.ban(0, 35.0);
+        assert!(heir.status(0, 35.0).reason.contains("40 s, the 3rd time in a row"));
+        heir.connect(0, 80.0);
+        heir.ban(0, 150.0);
+        assert!(
+            heir.status(0, 150.0)
+                .reason
+                .ends_with("within 10 s; probed again in 10 s")
+        );
+    }
+
+    #[test]
+    fn a_backend_that_comes_back_gets_its_share_bit_by_bit() {
+        for balance in [Balance::RoundRobin, Balance::LeastConnections, Balance::RandomTwo] {
+            for way in ["ban", "down", "drain"] {
+                let mut lab = Lab::with(3, Settings { balance, ..growing() });
+                lab.leave_and_return(way, 100.0);
+                assert_eq!(lab.status(0, 100.0).slow_start_remaining, Some(30), "{way}");
+                assert_eq!(lab.status(0, 112.5).reason, "in use; full share in 18 s");
+                let shares = [100.0, 115.0, 130.0].map(|second| lab.share_of_1000(0, second));
+                // Its weight is 0.1, 0.55 and 1 of those of the other two.
+                for (share, fair) in shares.into_iter().zip([48_u64, 216, 333]) {
+                    assert!(share.abs_diff(fair) <= 40, "{balance:?}, {way}: {shares:?}");
+                }
+                assert_eq!(lab.status(0, 130.0).slow_start_remaining, None);
+                assert_eq!(lab.status(0, 130.0).reason, "in use");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_starts_slowly_that_has_not_been_away() {
+        let mut lab = Lab::with(2, growing());
+        assert_eq!(lab.status(0, 0.0).slow_start_remaining, None);
+        lab.pool.reconfigure(growing(), &backends(3), at(1.0));
+        assert_eq!(lab.status(2, 1.0).slow_start_remaining, None);
+        lab.connect(2, 1.0);
+        lab.check(2, CheckOutcome::Good, 1.0);
+        assert_eq!(lab.status(2, 1.0).slow_start_remaining, None);
+        let mut heir = Lab::with(3, growing());
+        heir.pool.restore(&lab.pool.snapshot(at(2.0)), at(2.0));
+        assert_eq!(heir.status(2, 2.0).slow_start_remaining, None);
+    }
+
+    #[test]
+    fn a_slow_start_survives_reload_and_hand_over_and_ends_with_its_key() {
+        let mut lab = Lab::with(3, growing());
+        lab.leave_and_return("ban", 100.0);
+        lab.pool.reconfigure(growing(), &backends(3), at(110.0));
+        assert_eq!(lab.status(0, 110.0).slow_start_remaining, Some(20));
+        let mut heir = Lab::with(3, growing());
+        heir.pool
+            .restore(&through_json(&lab.pool.snapshot(at(110.0))), at(110.0));
+        assert_eq!(heir.status(0, 110.0).slow_start_remaining, Some(20));
+        let none = Settings {
+            slow_start: None,
+            ..growing()
+        };
+        heir.pool.reconfigure(none, &backends(3), at(110.0));
+        assert_eq!(heir.status(0, 110.0).slow_start_remaining, None);
+        assert!(heir.share_of_1000(0, 110.0) > 300);
+    }
+
+    #[test]
+    fn a_hedge_goes_to_a_healthy_backend_that_was_not_tried_and_never_probes() {
+        let mut lab = Lab::new(4);
+        let first = lab.pick(0.0).id;
+        for _ in 0..10 {
+            let pick = lab.hedge(&[first], 0.25).expect("three are healthy");
+            assert!(pick.id != first && !pick.probe && !pick.fail_open);
+        }
+        lab.ban(1, 1.0);
+        lab.down(2, 1.0);
+        lab.check(3, CheckOutcome::NotReady("answers 500".into()), 1.0);
+        let tried = [lab.id(0)];
+        assert_eq!(lab.hedge(&tried, 5.0), None);
+        assert_eq!(
+            lab.hedge(&tried, 11.0),
+            None,
+            "the ban has run out, but a hedge is no probe"
+        );
+        assert_eq!(lab.hedge(&[], 11.0).map(|pick| pick.id), Some(lab.id(0)));
+        lab.pool.drain(&address(0), true, at(11.0));
+        assert_eq!(lab.hedge(&[], 11.0), None);
+    }
+
+    #[test]
+    fn a_hedge_goes_to_a_backup_only_if_no_primary_is_left() {
+        let mut backends = backends(3);
+        backends[2].backup = true;
+        let mut lab = Lab {
+            pool: Pool::new(SETTINGS, &backends, at(0.0)),
+        };
+        for _ in 0..5 {
+            assert_eq!(lab.hedge(&[BackendId(0)], 0.0).map(|pick| pick.id), Some(BackendId(1)));
+        }
+        let pick = lab.hedge(&[BackendId(0), BackendId(1)], 0.0);
+        assert_eq!(pick.map(|pick| pick.id), Some(BackendId(2)));
+    }
+
+    #[test]
+    fn the_loser_of_a_hedge_is_slow_and_not_failed() {
+        let mut lab = Lab::new(2);
+        let first = lab.pick(0.0).id;
+        let second = lab.hedge(&[first], 0.25).expect("another one").id;
+        assert_eq!((lab.status(0, 0.3).sessions, lab.status(1, 0.3).sessions), (1, 1));
+        assert_eq!(lab.pool.connected(second, 10 * MS, at(0.26)), []);
+        let actions = lab.pool.slow(first, Some(400 * MS), at(0.4));
+        let reason = "connected after 400 ms; another backend was faster";
+        assert_eq!(actions, [event(first.0, EventKind::Slow, reason)]);
+        let (loser, winner) = (lab.status(0, 0.5), lab.status(1, 0.5));
+        assert_eq!(
+            (loser.sessions, loser.slow_total, loser.connect_failures_total),
+            (0, 1, 0)
+        );
+        assert_eq!((loser.connections_total, loser.connect_latency.count()), (0, 1));
+        assert_eq!(
+            (winner.sessions, winner.hedges_total, winner.connections_total),
+            (1, 1, 1)
+        );
+        assert_eq!(lab.pool.slow(first, None, at(0.5)), [], "it has no connect under way");
+    }
+
+    #[test]
+    fn slowness_is_told_once_in_a_second() {
+        let mut lab = Lab::new(2);
+        let mut told = 0;
+        for tenth in 0..20 {
+            let seconds = f64::from(tenth) / 10.0;
+            let id = lab.attempt(0, seconds).0.id;
+            let took = (tenth % 2 == 0).then_some(400 * MS);
+            told += lab.pool.slow(id, took, at(seconds)).len();
+        }
+        assert_eq!(
+            (told, lab.status(0, 2.0).slow_total, lab.status(0, 2.0).sessions),
+            (2, 20, 0)
+        );
+    }
+
+    #[test]
+    fn a_probe_that_another_backend_overtook_still_ends_the_ban() {
+        let mut lab = Lab::new(2);
+        lab.ban(0, 0.0);
+        assert!(lab.attempt(0, 10.0).0.probe);
+        lab.hedge(&[BackendId(0)], 10.25).expect("the other one");
+        let actions = lab.pool.slow(BackendId(0), Some(300 * MS), at(10.3));
+        assert_eq!(kinds(&actions), [EventKind::Slow, EventKind::Up]);
+        assert_eq!(lab.state(0, 10.3), State::Healthy);
+        lab.ban(0, 20.0);
+        assert!(lab.attempt(0, 30.0).0.probe);
+        assert_eq!(kinds(&lab.pool.slow(BackendId(0), None, at(30.3))), [EventKind::Slow]);
+        assert!(
+            lab.attempt(0, 30.4).0.probe,
+            "nobody waited for its answer: the next one probes"
+        );
+    }
+
+    #[test]
+    fn surplus_sessions_move_at_a_tenth_per_minute_until_all_are_within_1_25_of_their_share() {
+        let mut lab = Lab::with(3, least());
+        lab.open(0, 300);
+        lab.open(1, 300);
+        let mut minutes: Vec<u64> = Vec::new();
+        let mut second = 0.0;
+        while second < 3600.0 {
+            let before: u64 = (0..2).map(|index| lab.sessions(index)).sum();
+            // A minute, asked every 6 s; each client that is cut connects again.
+            for _ in 0..10 {
+                lab.shed_and_reconnect(second);
+                second += 6.0;
+            }
+            let after: u64 = (0..2).map(|index| lab.sessions(index)).sum();
+            let surplus = before - 400;
+            assert!(
+                before - after <= surplus / 10 + 1,
+                "{before} to {after}: more than a tenth"
+            );
+            minutes.push(before - after);
+        }
+        let sessions = [0, 1, 2].map(|index| lab.sessions(index));
+        assert_eq!(sessions.iter().sum::<u64>(), 600);
+        assert!(
+            (160..=165).contains(&sessions[2]),
+            "{sessions:?}: within 200 / 1.25, and no further"
+        );
+        let still = minutes.iter().filter(|moved| **moved > 0).count();
+        assert!((10..=20).contains(&still), "{minutes:?}");
+        assert_eq!(
+            lab.status(0, second).shed_total + lab.status(1, second).shed_total,
+            sessions[2]
+        );
+    }
+
+    #[test]
+    fn few_sessions_move_too_one_in_a_minute() {
+        let mut lab = Lab::with(3, least());
+        lab.open(0, 5);
+        lab.open(1, 4);
+        let moved: Vec<u32> = (0..40).map(|n| lab.shed_and_reconnect(f64::from(n) * 6.0)).collect();
+        assert_eq!(moved.iter().sum::<u32>(), 3, "{moved:?}");
+        let first = moved.iter().position(|count| *count > 0);
+        assert!(first.is_some_and(|asked| (10..=11).contains(&asked)), "{moved:?}");
+        assert_eq!([0, 1, 2].map(|index| lab.sessions(index)), [3, 3, 3]);
+    }
+
+    #[test]
+    fn shares_are_by_weight_and_only_healthy_backends_that_started_count() {
+        // 10:1 is fair with these weights.
+        let mut uneven = backends(2);
+        uneven[0].weight = 10;
+        let mut lab = Lab {
+            pool: Pool::new(least(), &uneven, at(0.0)),
+        };
+        lab.open(0, 100);
+        lab.open(1, 10);
+        assert_eq!(lab.surplus_of_a_minute(0.0), []);
+        lab.pool.reconfigure(least(), &backends(2), at(60.0));
+        assert_eq!(lab.surplus_of_a_minute(60.0), [(BackendId(0), 4)]);
+        // Nobody to move to: out, drained, not ready, or just back.
+        lab.ban(1, 130.0);
+        assert_eq!(lab.surplus_of_a_minute(130.0), []);
+        lab.connect(1, 190.0);
+        lab.pool.closed(BackendId(1), at(190.0));
+        assert_eq!(
+            lab.surplus_of_a_minute(190.0),
+            [(BackendId(0), 4)],
+            "no slow start here"
+        );
+        lab.check(1, CheckOutcome::NotReady("answers 500".into()), 250.0);
+        assert_eq!(lab.surplus_of_a_minute(250.0), []);
+        lab.check(1, CheckOutcome::Good, 310.0);
+        lab.pool.drain(&address(1), true, at(310.0));
+        assert_eq!(lab.surplus_of_a_minute(310.0), []);
+        let slowly = Settings {
+            slow_start: Some(Duration::from_secs(30)),
+            ..least()
+        };
+        lab.pool.reconfigure(slowly, &backends(2), at(370.0));
+        lab.pool.drain(&address(1), false, at(370.0));
+        for second in [370.0, 380.0, 399.0] {
+            assert_eq!(lab.pool.surplus(at(second)), []);
+        }
+        assert_eq!(lab.pool.surplus(at(400.0)), []);
+        assert_eq!(
+            lab.pool.surplus(at(430.0)),
+            [(BackendId(0), 2)],
+            "half a minute after its end"
+        );
+    }
+
+    #[test]
+    fn nothing_is_shed_over_trifles_or_small_differences() {
+        for (sessions, moves) in [([3, 0], false), ([4, 0], true), ([110, 90], false), ([130, 70], true)] {
+            let mut lab = Lab::with(2, least());
+            lab.open(0, sessions[0]);
+            lab.open(1, sessions[1]);
+            assert_eq!(!lab.surplus_of_a_minute(0.0).is_empty(), moves, "{sessions:?}");
+        }
+    }
+
+    #[test]
+    fn shed_sessions_are_counted_and_told_once_in_a_minute() {
+        let mut lab = Lab::new(2);
+        let one = "1 session closed, so that its client goes to a backend with fewer";
+        let more = "5 sessions closed, so that their clients go to a backend with fewer";
+        assert_eq!(lab.pool.shed(BackendId(0), 0, at(0.0)), []);
+        assert_eq!(
+            lab.pool.shed(BackendId(0), 1, at(0.0)),
+            [event(0, EventKind::Shed, one)]
+        );
+        assert_eq!(lab.pool.shed(BackendId(0), 2, at(6.0)), []);
+        assert_eq!(
+            lab.pool.shed(BackendId(0), 3, at(60.0)),
+            [event(0, EventKind::Shed, more)]
+        );
+        assert_eq!(lab.pool.shed(BackendId(9), 3, at(60.0)), []);
+        assert_eq!(lab.status(0, 60.0).shed_total, 6);
+        let mut heir = Lab::new(2);
+        heir.pool.restore(&through_json(&lab.pool.snapshot(at(60.0))), at(60.0));
+        assert_eq!(heir.status(0, 60.0).shed_total, 6);
+    }
+
+    #[test]
+    fn an_adopted_session_counts_until_it_is_closed_whoever_has_its_backend_now() {
+        let mut old = named();
+        old.resolve(&[1, 2], 0.0);
+        let ids: Vec<BackendId> = old.pool.targets().into_iter().map(|(id, ..)| id).collect();
+        let places = ids.iter().map(|id| old.pool.place_of(*id).expect("an address"));
+        let places: Vec<(Address, SocketAddr)> = places.collect();
+        assert_eq!(old.pool.place_of(BackendId(99)), None);
+
+        let mut heir = named();
+        heir.resolve(&[2, 3], 0.0);
+        let adopted: Vec<BackendId> = places
+            .iter()
+            .map(|(name, at_)| heir.pool.adopt(name, *at_, at(1.0)))
+            .collect();
+        let again = heir.pool.adopt(&places[1].0, places[1].1, at(1.0));
+        assert_eq!(again, adopted[1], "the same backend, also if it is retired");
+        for (id, place) in adopted.iter().zip(&places) {
+            assert_eq!(heir.pool.place_of(*id).as_ref(), Some(place));
+        }
+        let live: Vec<(u64, u64)> = heir
+            .pool
+            .status(at(1.0))
+            .iter()
+            .map(|status| (status.sessions, status.connections_total))
+            .collect();
+        assert_eq!(
+            live,
+            [(1, 0), (1, 0), (0, 0)],
+            "the fixed one, .2 and .3; .1 is retired"
+        );
+        // It resolves to .1 again: the same endpoint, with both sessions.
+        heir.resolve(&[1], 2.0);
+        assert_eq!(heir.pool.status(at(2.0))[1].sessions, 2);
+        for id in adopted.iter().chain([&again]) {
+            heir.pool.closed(*id, at(3.0));
+        }
+        assert!(heir.pool.status(at(3.0)).iter().all(|status| status.sessions == 0));
+        heir.resolve(&[1], 4.0);
+        let gone: Address = "192.0.2.77:6443".parse().expect("an address");
+        let id = heir
+            .pool
+            .adopt(&gone, "192.0.2.77:6443".parse().expect("an address"), at(4.0));
+        assert_eq!(heir.pool.name_of(id).as_deref(), Some("192.0.2.77:6443"));
+        heir.pool.closed(id, at(5.0));
+        heir.pool.reconfigure(SETTINGS, &backends(1), at(5.0));
+        assert_eq!(heir.pool.name_of(id), None);
+    }
+
+    #[test]
+    fn a_flapping_backend_costs_few_clients_a_failure_and_is_never_hit_by_all() {
+        let mut lab = Lab::with(
+            3,
+            Settings {
+                balance: Balance::LeastConnections,
+                ..growing()
+            },
+        );
+        // 10 clients per second for 100 s; the first backend is there every other second; sessions last 5 s.
+        let mut running: VecDeque<(f64, BackendId)> = VecDeque::new();
+        let (mut failures, mut in_second) = (0, Vec::new());
+        for number in 0..1000 {
+            let now = f64::from(number) / 10.0;
+            while let Some((_, id)) = running.front().copied().filter(|(end, _)| *end <= now) {
+                lab.pool.closed(id, at(now));
+                running.pop_front();
+            }
+            if number % 10 == 0 {
+                in_second.push(0);
+            }
+            let mut tried = Vec::new();
+            loop {
+                let pick = lab.pool.pick(CLIENT, &tried, at(now)).0.expect("two are always there");
+                if pick.id == BackendId(0) {
+                    *in_second.last_mut().expect("pushed above") += 1;
+                }
+                if pick.id == BackendId(0) && now as u64 % 2 == 1 {
+                    lab.pool.failed(pick.id, Failure::Refused, || None, at(now));
+                    tried.push(pick.id);
+                    failures += 1;
+                } else {
+                    lab.pool.connected(pick.id, MS, at(now));
+                    running.push_back((now + 5.0, pick.id));
+                    break;
+                }
+            }
+        }
+        assert!(
+            (1..=20).contains(&failures),
+            "{failures} of 1000 clients had to try twice"
+        );
+        // Before its first failure it has an equal share.
+        let most = in_second.iter().skip(2).max();
+        assert!(
+            most.is_some_and(|most| *most <= 4),
+            "of 10 clients in a second: {in_second:?}"
+        );
+    }
+
+    #[test]
+    fn when_all_were_down_and_come_back_the_first_is_not_hit_by_everybody_at_once() {
+        for balance in [
+            Balance::LeastConnections,
+            Balance::RoundRobin,
+            Balance::RandomTwo,
+            Balance::Source,
+        ] {
+            let mut lab = Lab::with(3, Settings { balance, ..growing() });
+            for round in 0..5 {
+                for index in 0..3 {
+                    lab.ban(index, f64::from(round) * 70.0);
+                }
+            }
+            // All are there again at 290. 1000 clients come at once, and nobody has answered yet.
+            let mut picks = Vec::new();
+            for number in 0..1000_u32 {
+                let client = IpAddr::from([198, 51, (number / 250) as u8, (number % 250) as u8]);
+                picks.push(lab.pool.pick(client, &[], at(290.0)).0.expect("one").id);
+            }
+            for index in 0..3 {
+                let share = picks.iter().filter(|id| **id == lab.id(index)).count();
+                assert!((300..=370).contains(&share), "{balance:?}: {share} of 1000 at once");
+            }
+            picks.into_iter().for_each(|id| {
+                lab.pool.connected(id, MS, at(290.1));
+            });
+            for index in 0..3 {
+                assert_eq!(lab.state(index, 290.1), State::Healthy);
+            }
+        }
+    }
+
+    #[test]
+    fn when_all_were_down_and_one_comes_back_the_others_are_tried_at_once() {
+        let mut lab = Lab::with(
+            3,
+            Settings {
+                balance: Balance::LeastConnections,
+                ..growing()
+            },
+        );
+        for round in 0..5 {
+            for index in 0..3 {
+                lab.ban(index, f64::from(round) * 70.0);
+            }
+        }
+        // 1000 clients one after the other, 10 in a second; the bans would last until 340.
+        for number in 0..1000_u32 {
+            let now = 290.0 + f64::from(number) / 10.0;
+            let pick = lab.pool.pick(CLIENT, &[], at(now)).0.expect("one");
+            lab.pool.connected(pick.id, MS, at(now));
+            if number == 2 {
+                assert!((0..3).all(|index| lab.state(index, now) == State::Healthy));
+            }
+            if number >= 99 {
+                let sessions = [0, 1, 2].map(|index| lab.sessions(index));
+                let most = sessions.iter().max().copied().unwrap_or_default();
+                assert!(most <= u64::from(number / 2), "client {number}: {sessions:?}");
+            }
+        }
+        let shares = [0, 1, 2].map(|index| lab.sessions(index));
+        assert!(shares.iter().all(|share| (330..=337).contains(share)), "{shares:?}");
+    }
+
     const SETTINGS: Settings = Settings {
         balance: Balance::RoundRobin,
         passive: Passive {
@@ -1959,6 +2755,7 @@ mod tests {
         connect_timeout: Duration::from_secs(1),
         on_down: OnDown::Reset,
         rounds: Some(Rounds { rise: 2, fall: 3 }),
+        slow_start: None,
         seed: 1,
     };
     const NGINX: Passive = Passive {
@@ -1969,6 +2766,25 @@ mod tests {
     };
     const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 1));
     const MS: Duration = Duration::from_millis(1);
+
+    /// As configured by default.
+    fn growing() -> Settings {
+        Settings {
+            passive: Passive {
+                max_ban: Duration::from_secs(60),
+                ..SETTINGS.passive
+            },
+            slow_start: Some(Duration::from_secs(30)),
+            ..SETTINGS
+        }
+    }
+
+    fn least() -> Settings {
+        Settings {
+            balance: Balance::LeastConnections,
+            ..SETTINGS
+        }
+    }
 
     /// `seconds` after t0, which is a whole second after boot.
     fn at(seconds: f64) -> Moment {
@@ -2134,6 +2950,69 @@ mod tests {
             for _ in 0..3 {
                 self.check(index, refused(), seconds);
             }
+        }
+
+        fn hedge(&mut self, tried: &[BackendId], seconds: f64) -> Option<Pick> {
+            self.pool.hedge(CLIENT, tried, at(seconds)).0
+        }
+
+        /// The first backend goes out somehow and is back at `seconds`.
+        fn leave_and_return(&mut self, way: &str, seconds: f64) {
+            match way {
+                "ban" => {
+                    self.ban(0, seconds - 20.0);
+                    self.connect(0, seconds);
+                    self.pool.closed(BackendId(0), at(seconds));
+                }
+                "down" => {
+                    self.down(0, seconds - 20.0);
+                    self.check(0, CheckOutcome::Good, seconds - 1.0);
+                    self.check(0, CheckOutcome::Good, seconds);
+                }
+                _ => {
+                    self.pool.drain(&address(0), true, at(seconds - 20.0));
+                    self.pool.drain(&address(0), false, at(seconds));
+                }
+            }
+            assert_eq!(self.state(0, seconds), State::Healthy);
+        }
+
+        /// How many of 1000 sessions that begin at once go to a backend; all end again.
+        fn share_of_1000(&mut self, index: u16, seconds: f64) -> u64 {
+            let picks: Vec<BackendId> = (0..1000).map(|_| self.pick(seconds).id).collect();
+            picks.iter().for_each(|id| self.pool.abandoned(*id, at(seconds)));
+            let id = self.id(index);
+            picks.iter().filter(|other| **other == id).count() as u64
+        }
+
+        /// `count` sessions to one backend.
+        fn open(&mut self, index: u16, count: u32) {
+            (0..count).for_each(|_| self.connect(index, 0.0));
+        }
+
+        fn sessions(&self, index: u16) -> u64 {
+            self.status(index, 0.0).sessions
+        }
+
+        /// What may be shed in the minute that begins at `seconds`.
+        fn surplus_of_a_minute(&mut self, seconds: f64) -> Vec<(BackendId, u32)> {
+            self.pool.surplus(at(seconds));
+            self.pool.surplus(at(seconds + 60.0))
+        }
+
+        /// Closes what may be shed; the clients connect again.
+        fn shed_and_reconnect(&mut self, seconds: f64) -> u32 {
+            let surplus = self.pool.surplus(at(seconds));
+            for (id, count) in &surplus {
+                (0..*count).for_each(|_| self.pool.closed(*id, at(seconds)));
+                self.pool.shed(*id, *count, at(seconds));
+            }
+            let count = surplus.iter().map(|(_, count)| count).sum();
+            for _ in 0..count {
+                let id = self.pick(seconds).id;
+                self.pool.connected(id, MS, at(seconds));
+            }
+            count
         }
 
         fn resolve(&mut self, last: &[u8], seconds: f64) -> Vec<Action> {

@@ -1,5 +1,6 @@
 //! What the balancer tells about itself; the shapes that `edgectl --output json` prints and that live in the state
-//! snapshot. Durations are milliseconds, wall-clock times RFC 3339 strings in UTC.
+//! snapshot. Durations are milliseconds unless said otherwise, wall-clock times RFC 3339 strings in UTC. What came later
+//! has a default, so that `edgectl` understands an older `edged`.
 
 use std::net::SocketAddr;
 
@@ -85,6 +86,9 @@ pub struct FrontendStatus {
     pub retries_total: u64,
     /// Failures of this machine's own (descriptors, ports), which no backend is blamed for.
     pub local_errors_total: u64,
+    /// Connections that were refused before a backend was asked for, by reason.
+    #[serde(default)]
+    pub refused: Refusals,
     /// In the order of the configuration; a name that resolves to several addresses has one entry each.
     pub backends: Vec<BackendStatus>,
 }
@@ -124,6 +128,18 @@ pub struct BackendStatus {
     pub sessions_reset_total: u64,
     /// Connect latency.
     pub connect_latency: Histogram,
+    /// Seconds until it gets its full share of the connections; `None` = it does.
+    #[serde(default)]
+    pub slow_start_remaining: Option<u64>,
+    /// Connects begun because another backend was slow to accept.
+    #[serde(default)]
+    pub hedges_total: u64,
+    /// Connects that another backend overtook.
+    #[serde(default)]
+    pub slow_total: u64,
+    /// Sessions closed so that their clients go to a backend with fewer.
+    #[serde(default)]
+    pub shed_total: u64,
 }
 
 /// Whether new sessions go to a backend; the first that applies.
@@ -169,6 +185,46 @@ impl State {
             Self::NotReady => "not-ready",
             Self::Healthy => "healthy",
         }
+    }
+}
+
+/// Connections that were refused before a backend was asked for, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Refusals {
+    /// `allow` and `deny` keep the client out.
+    pub denied: u64,
+    /// Its source connects more often than `source_rate`.
+    pub rate: u64,
+    /// The frontend has as many sessions as `sessions` allows.
+    pub sessions: u64,
+    /// The source has as many as `source_sessions` allows.
+    pub source_sessions: u64,
+    /// It came from none of the proxies that `accept_proxy` names.
+    pub proxy_untrusted: u64,
+    /// Its PROXY header was missing or broken.
+    pub proxy_header: u64,
+    /// Its PROXY header took too long.
+    pub proxy_timeout: u64,
+}
+
+impl Refusals {
+    /// Every reason with its name in metrics and its count.
+    pub const fn by_reason(&self) -> [(&'static str, u64); 7] {
+        [
+            ("denied", self.denied),
+            ("rate", self.rate),
+            ("sessions", self.sessions),
+            ("source-sessions", self.source_sessions),
+            ("proxy-untrusted", self.proxy_untrusted),
+            ("proxy-header", self.proxy_header),
+            ("proxy-timeout", self.proxy_timeout),
+        ]
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.by_reason().iter().map(|(_, count)| count).sum()
     }
 }
 
@@ -267,4 +323,15 @@ pub enum EventKind {
     Resolve,
     /// Tried although it was out, because nothing else was left.
     FailOpen,
+    /// Another backend was faster to accept.
+    Slow,
+    /// Sessions were closed so that their clients go to a backend with fewer.
+    Shed,
+}
+
+impl EventKind {
+    /// Whether every version understands it: a snapshot with another kind would mean nothing at all to the first one.
+    pub const fn is_known_to_all(self) -> bool {
+        !matches!(self, Self::Slow | Self::Shed)
+    }
 }

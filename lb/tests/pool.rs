@@ -19,6 +19,7 @@ use lb::{
 
 #[test]
 fn a_hundred_thousand_random_operations_break_no_promise() {
+    let mut seen = BTreeSet::new();
     for seed in 1..=10 {
         let mut life = Life::new(seed);
         for step in 0..10_000 {
@@ -26,8 +27,10 @@ fn a_hundred_thousand_random_operations_break_no_promise() {
             life.check(&format!("seed {seed}, step {step}"));
         }
         assert!(life.seen.contains(&"probe") && life.seen.contains(&"fail open") && life.seen.contains(&"none"));
+        seen.append(&mut life.seen);
         life.end();
     }
+    assert!(seen.contains("hedge") && seen.contains("shed"), "{seen:?}");
 }
 
 /// Pool and model.
@@ -78,7 +81,10 @@ impl Life {
 
     fn step(&mut self) {
         match self.random.below(1000) {
-            0..300 => self.pick(),
+            0..230 => self.pick(),
+            230..280 => self.hedge(),
+            280..290 => self.shed(),
+            290..300 => self.adopt(),
             300..520 => self.settle(),
             520..600 => self.close(),
             600..700 => {
@@ -137,6 +143,55 @@ impl Life {
         self.connecting.push(Attempt { pick, at: self.now });
     }
 
+    /// A second attempt beside one that is under way.
+    fn hedge(&mut self) {
+        let tried: Vec<BackendId> = self.connecting.iter().take(1).map(|attempt| attempt.pick.id).collect();
+        let client = IpAddr::from([198, 51, 100, 1]);
+        let targets = self.pool.targets();
+        let healthy: BTreeSet<BackendId> = targets
+            .into_iter()
+            .map(|(id, ..)| id)
+            .filter(|id| !tried.contains(id) && self.state(*id) == State::Healthy)
+            .collect();
+        let (pick, actions) = self.pool.hedge(client, &tried, self.now);
+        self.heed(&actions);
+        assert_eq!(pick.is_some(), !healthy.is_empty());
+        if let Some(pick) = pick {
+            assert!(healthy.contains(&pick.id) && !pick.probe && !pick.fail_open);
+            self.seen.insert("hedge");
+            self.connecting.push(Attempt { pick, at: self.now });
+        }
+    }
+
+    fn shed(&mut self) {
+        for (id, count) in self.pool.surplus(self.now) {
+            assert_eq!(self.state(id), State::Healthy);
+            for _ in 0..count {
+                let index = self.established.iter().position(|established| *established == id);
+                self.established.remove(index.expect("no more than there are"));
+                self.pool.closed(id, self.now);
+            }
+            let actions = self.pool.shed(id, count, self.now);
+            self.heed(&actions);
+            self.seen.insert("shed");
+        }
+    }
+
+    /// A session comes from another process, to a backend that may be known or not.
+    fn adopt(&mut self) {
+        let index = self.random.below(8) as u8;
+        let (backend, address) = match index {
+            0..6 => (name(), socket(index)),
+            _ => {
+                let address = SocketAddr::from(([192, 0, 2, 94 + index], 6443));
+                (Address::Ip(address), address)
+            }
+        };
+        let id = self.pool.adopt(&backend, address, self.now);
+        assert_eq!(self.pool.place_of(id), Some((backend, address)));
+        self.established.push(id);
+    }
+
     /// One attempt ends.
     fn settle(&mut self) {
         if self.connecting.is_empty() {
@@ -145,11 +200,11 @@ impl Life {
         let index = self.random.below(self.connecting.len() as u64) as usize;
         let Attempt { pick, at } = self.connecting.swap_remove(index);
         let alive = (self.random.below(2) == 0).then_some(Duration::from_secs(1));
-        let kind = self.random.below(10);
+        let kind = self.random.below(12);
         let others = self.connecting.iter().any(|attempt| attempt.pick.id == pick.id);
         // The backend's answer may end the probing, the probe's own or another's. An end without an answer may do so
         // only if it is the probe's for sure.
-        if !((4..=5).contains(&kind) && others) {
+        if !(matches!(kind, 4 | 5 | 11) && others) {
             self.probes.remove(&pick.id);
         }
         let actions = match kind {
@@ -161,6 +216,8 @@ impl Life {
                 self.pool.abandoned(pick.id, self.now);
                 Vec::new()
             }
+            10 => self.pool.slow(pick.id, Some(self.now - at), self.now),
+            11 => self.pool.slow(pick.id, None, self.now),
             kind => {
                 let failure = match kind {
                     5 => Failure::Local,
@@ -297,6 +354,9 @@ impl Life {
         let id = BackendId(1_000_000);
         assert_eq!(self.pool.connected(id, Duration::ZERO, self.now), []);
         assert_eq!(self.pool.failed(id, Failure::Refused, || None, self.now), []);
+        assert_eq!(self.pool.slow(id, Some(Duration::ZERO), self.now), []);
+        assert_eq!(self.pool.shed(id, 1, self.now), []);
+        assert_eq!(self.pool.place_of(id), None);
         self.pool.abandoned(id, self.now);
         self.pool.closed(id, self.now);
         // An id that is known but has no such session.
@@ -308,6 +368,7 @@ impl Life {
                 self.pool.abandoned(id, self.now);
                 assert_eq!(self.pool.failed(id, Failure::Refused, || None, self.now), []);
                 assert_eq!(self.pool.connected(id, Duration::ZERO, self.now), []);
+                assert_eq!(self.pool.slow(id, None, self.now), []);
             }
         }
     }
@@ -449,6 +510,7 @@ fn settings(random: &mut Random) -> Settings {
             OnDown::Keep
         },
         rounds: (random.below(3) > 0).then_some(Rounds { rise: 2, fall: 3 }),
+        slow_start: (random.below(2) == 0).then_some(Duration::from_secs(5)),
         seed: random.below(3),
     }
 }

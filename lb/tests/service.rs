@@ -16,7 +16,7 @@ use std::{
 
 use lb::{
     Config, What,
-    io::{Command, Commit, Drain, Links, Opened},
+    io::{Command, Commit, Drain, Inheritance, Links, Opened, Part},
     status::{Answer, EventKind, Request, State, Status},
 };
 use tokio::sync::{mpsc, oneshot};
@@ -212,7 +212,7 @@ fn a_reload_takes_listeners_and_backends_in_and_out_and_touches_no_session() {
 #[test]
 fn a_drained_backend_keeps_its_sessions_and_gets_none_and_the_drain_is_durable_first() {
     let (first, second) = (marked(b'1'), marked(b'2'));
-    let lb = Balancer::start(&[first, second], "");
+    let lb = Balancer::start(&[first, second], "[frontend.health]\nslow_start='none'");
     let mut sessions: Vec<TcpStream> = (0..4).map(|_| lb.connect()).collect();
     let marks: Vec<u8> = sessions.iter_mut().map(ask_mark).collect();
     assert!(marks.contains(&b'1') && marks.contains(&b'2'), "{marks:?}");
@@ -329,6 +329,299 @@ fn healthz_follows_the_api_backends() {
     });
 }
 
+#[test]
+fn established_sessions_go_on_in_the_successor_byte_for_byte() {
+    let flood = backend(|mut stream| {
+        let mut size = [0; 4];
+        if stream.read_exact(&mut size).is_ok() {
+            let size = usize::try_from(u32::from_be_bytes(size)).expect("small");
+            let _ = stream.write_all(&pattern(size));
+            let mut all = Vec::new();
+            let _ = stream.read_to_end(&mut all);
+            let _ = stream.write_all(&u32::try_from(all.len()).expect("small").to_be_bytes());
+        }
+    });
+    let mut old = Balancer::start(&[flood], "");
+    let ask = |lb: &Balancer, size: u32| {
+        let mut stream = lb.connect();
+        stream.write_all(&size.to_be_bytes()).expect("alive");
+        stream
+    };
+    // A stalled reader, whose bytes are on their way in buffers and pipes; one that has had its answer; one that has
+    // said all and waits; one whose header is there and no more.
+    let stalled = ask(&old, 9_000_000);
+    let mut quiet = ask(&old, 3);
+    let mut three = [0; 3];
+    quiet.read_exact(&mut three).expect("an answer");
+    let half = ask(&old, 6_000_000);
+    half.shutdown(Shutdown::Write).expect("half-close");
+    let begun = old.connect();
+    let mut busy = ask(&old, 4_000_000);
+    let reader = thread::spawn(move || {
+        let mut got = vec![0; 4_000_000];
+        for chunk in got.chunks_mut(50_000) {
+            busy.read_exact(chunk).expect("alive");
+            thread::sleep(Duration::from_millis(1));
+        }
+        busy.write_all(&pattern(700_000)).expect("alive");
+        busy.shutdown(Shutdown::Write).expect("half-close");
+        let mut count = [0; 4];
+        busy.read_exact(&mut count).expect("the receipt");
+        (got, u32::from_be_bytes(count))
+    });
+    old.wait("five sessions", |status| status.frontends[0].sessions == 5);
+    old.wait("the bulk is under way", |status| {
+        status.frontends[0].backends[0].bytes_down_total > 500_000
+    });
+    let before = old.status();
+
+    let new = old.successor(usize::MAX).expect("it takes over");
+    new.wait("all five are there", |status| status.frontends[0].sessions == 5);
+    let after = new.status();
+    assert_eq!(after.frontends[0].backends[0].sessions, 5);
+    assert!(after.frontends[0].connections_total >= before.frontends[0].connections_total);
+    assert!(after.frontends[0].backends[0].bytes_down_total >= before.frontends[0].backends[0].bytes_down_total);
+
+    let mut size = begun;
+    size.write_all(&7u32.to_be_bytes()).expect("alive");
+    let mut seven = [0; 7];
+    size.read_exact(&mut seven).expect("an answer");
+    assert!(read_all(half) == [&pattern(6_000_000)[..], &0u32.to_be_bytes()].concat());
+    quiet.write_all(b"more").expect("alive");
+    quiet.shutdown(Shutdown::Write).expect("half-close");
+    assert_eq!(read_all(quiet), 4u32.to_be_bytes());
+    stalled.shutdown(Shutdown::Write).expect("half-close");
+    let got = read_all(stalled);
+    assert!(
+        got == [&pattern(9_000_000)[..], &0u32.to_be_bytes()].concat(),
+        "{}",
+        got.len()
+    );
+    let (got, count) = reader.join().expect("it ends");
+    assert!(got == pattern(4_000_000));
+    assert_eq!(count, 700_000);
+    drop(size);
+    new.wait("sessions end", |status| status.frontends[0].sessions == 0);
+    new.wait("and are counted down at their backend", |status| {
+        status.frontends[0].backends[0].sessions == 0
+    });
+    talk_to(&new, flood);
+}
+
+#[test]
+fn a_successor_that_fails_at_any_part_leaves_everything_where_it_was() {
+    let mut old = Balancer::start(&[echo()], "");
+    let mut byte = [0; 1];
+    // One after the other: the backend's queue is short.
+    let mut streams: Vec<TcpStream> = (0..200)
+        .map(|_| {
+            let mut stream = old.connect();
+            stream.write_all(b"a").expect("alive");
+            stream.read_exact(&mut byte).expect("alive");
+            stream
+        })
+        .collect();
+    for round in 0..6 {
+        for stream in &mut streams {
+            stream.write_all(&[round]).expect("alive");
+            stream.read_exact(&mut byte).expect("alive");
+            assert_eq!(byte, [round]);
+        }
+        let cut = usize::from(round);
+        assert!(old.successor(cut).is_none(), "cut after {cut} parts");
+        talk(old.connect());
+    }
+    old.wait("nothing is lost or doubled", |status| {
+        status.frontends[0].sessions == 200
+    });
+    let new = old.successor(usize::MAX).expect("it takes over");
+    for stream in &mut streams {
+        stream.write_all(b"z").expect("alive");
+        stream.read_exact(&mut byte).expect("alive");
+        assert_eq!(&byte, b"z");
+    }
+    drop(streams);
+    new.wait("sessions end", |status| status.frontends[0].sessions == 0);
+}
+
+#[test]
+fn bans_and_drains_and_the_journal_are_known_to_the_successor() {
+    let (up, down) = (echo(), closed());
+    let mut old = Balancer::start(&[down, up], "balance = 'round-robin'");
+    old.wait("banned", |status| {
+        talk(old.connect());
+        status.frontends[0].backends[0].state == State::Banned
+    });
+    let new = old.successor(usize::MAX).expect("it takes over");
+    let status = new.status();
+    assert_eq!(status.frontends[0].backends[0].state, State::Banned);
+    let backend = down.to_string();
+    match new.ask(Request::Why { backend }) {
+        Answer::Why { backends } => {
+            assert!(backends[0].events.iter().any(|event| event.kind == EventKind::Ban));
+        }
+        other => panic!("no answer: {other:?}"),
+    }
+}
+
+#[test]
+fn a_silent_backend_costs_a_client_the_hedge_and_no_more() {
+    // Its queue is full, so the kernel drops what comes, as a black hole does.
+    let (hole, _held) = full_listener();
+    let lb = Balancer::start(&[hole, echo()], "balance = 'round-robin'");
+    let mut longest = Duration::ZERO;
+    for _ in 0..4 {
+        let begun = Instant::now();
+        talk(lb.connect());
+        longest = longest.max(begun.elapsed());
+    }
+    assert!(longest >= Duration::from_millis(200), "none met the hole: {longest:?}");
+    assert!(longest < Duration::from_millis(900), "{longest:?}");
+    lb.wait("the connect that never came is a failure all the same", |status| {
+        status.frontends[0].backends[0].connect_failures_total >= 2
+    });
+    lb.wait("sessions end", |status| {
+        status.frontends[0].backends.iter().all(|b| b.sessions == 0)
+    });
+}
+
+#[test]
+fn a_backend_gets_the_header_and_the_first_bytes_in_one_go_and_answers_come_back() {
+    for (version, check) in [
+        ("v1", b"PROXY TCP4 127.0.0.1 127.0.0.1 ".to_vec()),
+        ("v2", b"\r\n\r\n\0\r\nQUIT\n\x21\x11".to_vec()),
+    ] {
+        let (sender, seen) = std_mpsc::channel();
+        let server = backend(move |mut stream| {
+            let mut buffer = [0; 2000];
+            let read = stream.read(&mut buffer).expect("something");
+            let _ = sender.send(buffer[..read].to_vec());
+            let _ = stream.write_all(b"hello");
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        });
+        let lb = Balancer::start(&[server], &format!("proxy_protocol = '{version}'"));
+        let mut client = lb.connect();
+        // The backend has accepted long before; the header waits a moment for what it can travel with.
+        thread::sleep(Duration::from_millis(10));
+        client.write_all(b"GET /").expect("alive");
+        let mut answer = [0; 5];
+        client.read_exact(&mut answer).expect("an answer");
+        assert_eq!(&answer, b"hello");
+        let first = seen.recv().expect("it was served");
+        assert!(first.starts_with(&check), "{version}: {first:?}");
+        assert!(first.ends_with(b"GET /"), "{version}: {first:?}");
+        let status = lb.status();
+        assert_eq!(
+            status.frontends[0].backends[0].bytes_up_total, 5,
+            "payload alone is counted"
+        );
+        // A client that waits for the server to speak first is announced all the same.
+        let silent = lb.connect();
+        let first = seen.recv().expect("it was served");
+        assert!(first.starts_with(&check), "{version}: {first:?}");
+        drop(silent);
+    }
+}
+
+#[test]
+fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
+    let (sender, seen) = std_mpsc::channel();
+    let server = backend(move |mut stream| {
+        let mut all = Vec::new();
+        let _ = stream.read_to_end(&mut all);
+        let _ = sender.send(all);
+    });
+    let accept = "accept_proxy = { from = ['127.0.0.0/8'], timeout = '1s' }\nproxy_protocol = 'v1'";
+    let lb = Balancer::start(&[server], accept);
+    let send = |pieces: &[&[u8]]| {
+        let mut stream = lb.connect();
+        stream.set_nodelay(true).expect("nodelay");
+        for piece in pieces {
+            // Who is refused may be cut at any byte.
+            if stream.write_all(piece).is_err() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).map(|_| all)
+    };
+    let line: &[u8] = b"PROXY TCP6 2001:db8::7 2001:db8::1 4000 443\r\n";
+    assert!(send(&[line, b"payload"]).is_ok());
+    assert_eq!(seen.recv().expect("served"), [line, b"payload"].concat());
+    let single: Vec<&[u8]> = line.chunks(1).collect();
+    assert!(send(&single).is_ok());
+    assert_eq!(seen.recv().expect("served"), line);
+    // LOCAL: the connection speaks for itself.
+    assert!(send(&[b"\r\n\r\n\0\r\nQUIT\n\x20\x00\0\0x"]).is_ok());
+    assert!(
+        seen.recv()
+            .expect("served")
+            .starts_with(b"PROXY TCP4 127.0.0.1 127.0.0.1 ")
+    );
+    for bad in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"PROXY TCP4 1.2.3.4 2001:db8::1 1 2\r\n",
+        b"\r\n\r\n\0\r\nQUIT\n\x31\x11\0\0",
+    ] {
+        let _ = send(&[bad]);
+    }
+    let _ = send(&[b"PROXY TCP4 192.0.2"]);
+    let begun = Instant::now();
+    let mut slow = lb.connect();
+    slow.write_all(b"PROXY").expect("alive");
+    assert!(!matches!(slow.read(&mut [0; 1]), Ok(1)), "cut at the deadline");
+    assert!(
+        (900..3000).contains(&begun.elapsed().as_millis()),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(
+        seen.recv_timeout(Duration::from_millis(200)).is_err(),
+        "none of them reached the backend"
+    );
+    let text = format!(
+        "[[frontend]]\nname='f'\nlisten=['{}']\nbackends=['{server}']\naccept_proxy = {{ from = ['192.0.2.0/24'] }}",
+        lb.address
+    );
+    lb.reload(&text).expect("good");
+    let _ = send(&[line]);
+    assert!(
+        seen.recv_timeout(Duration::from_millis(200)).is_err(),
+        "an untrusted source"
+    );
+    lb.wait("sessions end", |status| status.frontends[0].sessions == 0);
+}
+
+/// One answer through the balancer from the backend of the hand-over's test.
+fn talk_to(lb: &Balancer, _backend: SocketAddr) {
+    let mut stream = lb.connect();
+    stream.write_all(&2u32.to_be_bytes()).expect("alive");
+    stream.shutdown(Shutdown::Write).expect("half-close");
+    assert_eq!(read_all(stream), [&pattern(2)[..], &0u32.to_be_bytes()].concat());
+}
+
+/// A listener that takes no more connections; they keep it that way.
+fn full_listener() -> (SocketAddr, Vec<TcpStream>) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+    socket
+        .bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())
+        .expect("a port");
+    socket.listen(0).expect("listening");
+    let address = socket
+        .local_addr()
+        .expect("its address")
+        .as_socket()
+        .expect("an IP address");
+    std::mem::forget(socket);
+    let mut held = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
+        held.push(stream);
+    }
+    (address, held)
+}
+
 /// A running balancer; stopped on drop.
 struct Balancer {
     commands: mpsc::Sender<Command>,
@@ -336,6 +629,9 @@ struct Balancer {
     thread: Option<thread::JoinHandle<()>>,
     commits: std::sync::Arc<std::sync::Mutex<Vec<(Drain, bool)>>>,
     hosts: Vec<u8>,
+    text: String,
+    /// As the supervisor keeps them.
+    listeners: Vec<(SocketAddr, Vec<OwnedFd>)>,
 }
 
 impl Balancer {
@@ -355,6 +651,66 @@ impl Balancer {
 
     fn start_text(text: &str, address: SocketAddr, state: Option<OwnedFd>, hosts: &[u8]) -> Self {
         let (config, opened) = open(text, &[], hosts);
+        let mut lb = Self::run(config, opened, address, state, None);
+        lb.text = text.to_owned();
+        lb.hosts = hosts.to_vec();
+        lb
+    }
+
+    /// Hands everything to a successor. The parts stop after `cut` of them; `None` = then nothing has been taken over.
+    fn successor(&mut self, cut: usize) -> Option<Self> {
+        let config: Config = toml::from_str(&self.text).expect("it parses");
+        let opened = Opened {
+            listeners: copies(&self.listeners),
+            ..Opened::default()
+        };
+        let (to, mut from_old) = mpsc::channel::<Part>(1);
+        let (to_new, parts) = mpsc::channel(1);
+        let (commit, commits) = oneshot::channel();
+        let (ready, is_ready) = oneshot::channel();
+        let (go, committed) = oneshot::channel();
+        let inheritance = Inheritance {
+            parts,
+            ready,
+            committed,
+        };
+        let mut new = Self::run(config, opened, self.address, None, Some(inheritance));
+        new.text.clone_from(&self.text);
+        self.commands
+            .blocking_send(Command::HandOver {
+                parts: to,
+                commit: commits,
+            })
+            .expect("it listens");
+        let mut count = 0;
+        while let Some(part) = from_old.blocking_recv() {
+            if count == cut || to_new.blocking_send(part).is_err() {
+                break;
+            }
+            count += 1;
+        }
+        drop((from_old, to_new));
+        if is_ready.blocking_recv().is_err() {
+            drop((commit, go));
+            return None;
+        }
+        commit.send(()).expect("the old one waits");
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the old one ends");
+        }
+        go.send(()).expect("the new one waits");
+        Some(new)
+    }
+
+    fn run(
+        config: Config,
+        opened: Opened,
+        address: SocketAddr,
+        state: Option<OwnedFd>,
+        inheritance: Option<Inheritance>,
+    ) -> Self {
+        let listeners = copies(&opened.listeners);
+        let inherits = inheritance.is_some();
         let (commands, receiver) = mpsc::channel(8);
         let (commit_sender, mut commit_receiver) = mpsc::channel::<Commit>(8);
         let commits = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -375,9 +731,9 @@ impl Balancer {
                     commands: receiver,
                     commits: commit_sender,
                 };
-                lb::io::run(config, opened, Vec::new(), state, 2, links, None)
-                    .await
-                    .expect("it runs");
+                let ended = lb::io::run(config, opened, Vec::new(), state, 2, links, inheritance).await;
+                // Who inherits may be let down.
+                assert!(ended.is_ok() || inherits, "it runs: {ended:?}");
             });
         });
         Self {
@@ -385,7 +741,9 @@ impl Balancer {
             address,
             thread: Some(thread),
             commits,
-            hosts: hosts.to_vec(),
+            hosts: Vec::new(),
+            text: String::new(),
+            listeners,
         }
     }
 
@@ -444,6 +802,14 @@ impl Drop for Balancer {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+fn copies(listeners: &[(SocketAddr, Vec<OwnedFd>)]) -> Vec<(SocketAddr, Vec<OwnedFd>)> {
+    let copy = |socket: &OwnedFd| socket.try_clone().expect("a descriptor");
+    listeners
+        .iter()
+        .map(|(address, sockets)| (*address, sockets.iter().map(copy).collect()))
+        .collect()
 }
 
 /// Parses, checks and opens as the supervisor does, but for the listeners it holds already.

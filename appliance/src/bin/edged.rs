@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use appliance::{config, log, notify, supervisor, worker};
+use appliance::{config, log, node, notify, supervisor, worker};
 use clap::Parser;
 
 /// The edge appliance's daemon. It is operated with edgectl.
@@ -18,6 +18,8 @@ struct Arguments {
     /// Check the configuration file and end: 0 = good, 2 = at fault
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    node: node::Options,
 }
 
 fn main() -> ExitCode {
@@ -34,6 +36,10 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::from(error.use_stderr()) * 2);
         }
     };
+    if arguments.node.node {
+        log::start("edged", &config::Log::default());
+        return node::main(arguments.node, environment);
+    }
     let state = arguments
         .state
         .or_else(state_directory)

@@ -170,6 +170,21 @@ fn render_frontend(frontend: &FrontendStatus, out: Out) -> String {
         format!("{} failed", count(frontend.failed_total)),
         format!("{} retries", count(frontend.retries_total)),
     ];
+    // Told only if it happened: most frontends have no limits and no slow backends.
+    let refused = frontend.refused.by_reason().into_iter().filter(|(_, count)| *count > 0);
+    let refused: Vec<String> = refused
+        .map(|(reason, times)| format!("{} {reason}", count(times)))
+        .collect();
+    if !refused.is_empty() {
+        let total = count(frontend.refused.total());
+        facts.push(format!("{total} refused ({})", refused.join(", ")));
+    }
+    let sum = |of: fn(&BackendStatus) -> u64| frontend.backends.iter().map(of).sum::<u64>();
+    for (total, what) in [(sum(|b| b.hedges_total), "hedged"), (sum(|b| b.shed_total), "shed")] {
+        if total > 0 {
+            facts.push(format!("{} {what}", count(total)));
+        }
+    }
     if frontend.local_errors_total > 0 {
         facts.push(format!(
             "{} local errors: edgectl doctor",
@@ -272,8 +287,8 @@ fn explain(why: &Why, out: Out) -> String {
         let ink = match event.kind {
             Kind::Ban | Kind::Down | Kind::Reset => Ink::Bad,
             Kind::Up | Kind::Undrain => Ink::Good,
-            Kind::Failure | Kind::Drain | Kind::FailOpen | Kind::Veto => Ink::Warn,
-            Kind::Probe | Kind::Check | Kind::Resolve => Ink::Plain,
+            Kind::Failure | Kind::Drain | Kind::FailOpen | Kind::Veto | Kind::Slow => Ink::Warn,
+            Kind::Probe | Kind::Check | Kind::Resolve | Kind::Shed => Ink::Plain,
         };
         table.row([
             event.at.replacen('T', " ", 1).trim_end_matches('Z').into(),

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use lb::{
-    io::Drain,
+    Drain,
     status::{Answer, Request},
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};

@@ -14,6 +14,16 @@ pub(crate) fn status() -> Status {
             "connect_latency": { "buckets": [1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], "sum_us": 2_501_500 },
         })
     };
+    // The others are as an edged wrote them that knew nothing of this.
+    let mut back = backend("[fd00::11]:6443", Some("[fd00::11]:6443"), "healthy", "");
+    for (key, value) in [
+        ("slow_start_remaining", 12),
+        ("hedges_total", 7),
+        ("slow_total", 1),
+        ("shed_total", 2),
+    ] {
+        back[key] = json!(value);
+    }
     let mut spare = backend("cp3.fleet:6443", Some("[fd00::13]:6443"), "drained", "drained by root");
     spare["backup"] = json!(true);
     spare["weight"] = json!(5);
@@ -31,8 +41,9 @@ pub(crate) fn status() -> Status {
             "frontends": [{
                 "name": "api", "kind": "api", "balance": "least-connections", "listen": ["[::1]:16443", "127.0.0.1:16443"],
                 "sessions": 6, "connections_total": 240, "failed_total": 1, "retries_total": 4, "local_errors_total": 0,
+                "refused": { "rate": 30, "denied": 3 },
                 "backends": [
-                    backend("[fd00::11]:6443", Some("[fd00::11]:6443"), "healthy", ""),
+                    back,
                     backend("[fd00::12]:6443", Some("[fd00::12]:6443"), "banned", "connection refused (2 of 2 within 10 s)"),
                     spare, spare_too,
                     backend("cp4.fleet:6443", None, "unresolved", "no such name"),

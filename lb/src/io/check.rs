@@ -10,6 +10,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject},
 };
 use tokio::{
+    io::AsyncWriteExt,
     net::TcpStream,
     time::{Instant, timeout_at},
 };
@@ -18,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{clock, frontend::Frontend};
 use crate::{
-    config::{Active, Address, CheckKind},
+    config::{Active, Address, CheckKind, ProxyVersion},
     pool::{BackendId, CheckOutcome},
+    proxy,
 };
 
 /// The roots that `pem` holds.
@@ -164,6 +166,16 @@ impl Probe {
             }
             Ok(Ok(stream)) => stream,
         };
+        let stream = match timeout_at(deadline, self.introduce(stream)).await {
+            Err(_) => return late("the PROXY header"),
+            Ok(Err(error)) => {
+                return CheckOutcome::Bad {
+                    reason: format!("PROXY header: {error}"),
+                    timeout: false,
+                };
+            }
+            Ok(Ok(stream)) => stream,
+        };
         let Some(tls) = &self.tls else {
             return CheckOutcome::Good;
         };
@@ -192,6 +204,22 @@ impl Probe {
             Err(_) => late("the answer"),
             Ok(outcome) => outcome,
         }
+    }
+
+    /// A backend that wants a PROXY header gets one that speaks for nobody else: without it, it would log a broken header
+    /// with every check.
+    async fn introduce(&self, mut stream: TcpStream) -> std::io::Result<TcpStream> {
+        let Some(version) = self.frontend.rules.load().proxy else {
+            return Ok(stream);
+        };
+        let mut header = Vec::new();
+        match version {
+            // UNKNOWN is refused by some receivers; the ends of this very connection are as true.
+            ProxyVersion::V1 => proxy::encode_v1(stream.local_addr()?, stream.peer_addr()?, &mut header),
+            ProxyVersion::V2 => proxy::encode_local(proxy::Version::V2, &mut header),
+        }
+        stream.write_all(&header).await?;
+        Ok(stream)
     }
 
     async fn ask(&self, stream: tokio_rustls::client::TlsStream<TcpStream>, host: &str) -> CheckOutcome {

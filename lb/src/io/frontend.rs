@@ -6,7 +6,7 @@ use std::{
     os::fd::RawFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -15,12 +15,14 @@ use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use super::{clock, reactor::Threads, socket};
+use super::{clock, ingress, session::Phase, socket, threads::Threads};
 use crate::{
-    config,
+    config::{self, AcceptProxy, ProxyVersion},
+    limits::{Limits, Refused},
     moment::Moment,
     pool::{Action, BackendId, CheckOutcome, Failure, Pick, Pool, Settings, Snapshot},
-    status::{BackendStatus, Event, EventKind, FrontendStatus, Why},
+    proxy::Reason,
+    status::{BackendStatus, Event, EventKind, FrontendStatus, Refusals, State, Why},
 };
 
 /// Events kept per backend.
@@ -34,6 +36,14 @@ pub(crate) struct Rules {
     pub(crate) connect_timeout: Duration,
     pub(crate) idle_timeout: Option<Duration>,
     pub(crate) half_close_timeout: Duration,
+    /// Silence of a backend on a connect after which the next one is dialled as well.
+    pub(crate) hedge: Option<Duration>,
+    /// The header that backends get.
+    pub(crate) proxy: Option<ProxyVersion>,
+    /// Who sends a header, and by when.
+    accept_proxy: Option<AcceptProxy>,
+    /// Sessions at the same time.
+    sessions: Option<u64>,
 }
 
 impl Rules {
@@ -42,6 +52,42 @@ impl Rules {
             connect_timeout: frontend.connect_timeout(),
             idle_timeout: frontend.idle_timeout(),
             half_close_timeout: frontend.half_close_timeout(),
+            hedge: frontend.hedge(),
+            proxy: frontend.proxy_protocol.as_ref().map(|at| at.value),
+            accept_proxy: frontend.accept_proxy.as_ref().map(|at| at.value.clone()),
+            sessions: frontend.limits.sessions.as_ref().map(|at| at.value.into()),
+        }
+    }
+
+    /// How long a PROXY header may take.
+    pub(crate) fn header_timeout(&self) -> Duration {
+        self.accept_proxy.as_ref().map_or(Duration::ZERO, AcceptProxy::timeout)
+    }
+}
+
+/// Why a connection is closed at the door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// A limit of the frontend or of the source.
+    Limit(Refused),
+    /// The peer is none of the proxies that may name clients.
+    Untrusted,
+    /// It ended before its PROXY header did.
+    NoHeader,
+    /// Its PROXY header is wrong.
+    Header(Reason),
+    /// Its PROXY header took too long.
+    HeaderTimeout,
+}
+
+impl Refusal {
+    /// As a label of a counter, and in status.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Limit(refused) => refused.name(),
+            Self::Untrusted => "proxy-untrusted",
+            Self::NoHeader | Self::Header(_) => "proxy-header",
+            Self::HeaderTimeout => "proxy-timeout",
         }
     }
 }
@@ -57,10 +103,26 @@ pub(crate) struct Frontend {
     pub(crate) failed: AtomicU64,
     pub(crate) retries: AtomicU64,
     pub(crate) local_errors: AtomicU64,
+    /// Only asked while there is something to ask.
+    limits: Mutex<Limits>,
+    limited: AtomicBool,
+    refused: Mutex<Turned>,
+    ids: (u64, AtomicU64),
     threads: Arc<Threads>,
     /// Rung when something worth keeping over a crash has happened.
     changed: Arc<Notify>,
 }
+
+/// Connections that were turned away.
+#[derive(Default)]
+struct Turned {
+    counts: Refusals,
+    /// When the log told last, by reason.
+    told: BTreeMap<&'static str, Moment>,
+}
+
+/// Between two log lines about connections that were turned away for the same reason.
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 struct Core {
     pool: Pool,
@@ -148,9 +210,89 @@ impl Frontend {
             failed: AtomicU64::new(0),
             retries: AtomicU64::new(0),
             local_errors: AtomicU64::new(0),
+            limits: Mutex::new(Limits::of(&config.limits, seed)),
+            limited: AtomicBool::new(is_limited(&config.limits)),
+            refused: Mutex::default(),
+            ids: ingress::ids(),
             threads,
             changed,
         }
+    }
+
+    /// How a connection from `peer` begins, or why it does not.
+    pub(crate) fn door(&self, peer: SocketAddr) -> Result<Phase, Refusal> {
+        let rules = self.rules.load();
+        if rules.sessions.is_some_and(|most| self.sessions.load(Relaxed) >= most) {
+            return Err(Refusal::Limit(Refused::Sessions));
+        }
+        match &rules.accept_proxy {
+            Some(accept) if accept.trusts(peer.ip()) => Ok(Phase::Header),
+            Some(_) => Err(Refusal::Untrusted),
+            None => Ok(Phase::Dialling),
+        }
+    }
+
+    /// Whether the client may go on; `true` if it is counted and has to be [`left`](Self::left) for.
+    pub(crate) fn admit(&self, client: IpAddr, now: Moment) -> Result<bool, Refused> {
+        if !self.limited.load(Relaxed) {
+            return Ok(false);
+        }
+        lock(&self.limits).admit(client, now).map(|()| true)
+    }
+
+    /// Counts a client that was admitted by a predecessor.
+    pub(crate) fn readmit(&self, client: IpAddr) -> bool {
+        let limited = self.limited.load(Relaxed);
+        if limited {
+            lock(&self.limits).admitted(client);
+        }
+        limited
+    }
+
+    /// A client that was counted has ended.
+    pub(crate) fn left(&self, client: IpAddr) {
+        lock(&self.limits).left(client);
+    }
+
+    /// A connection was turned away.
+    pub(crate) fn refuse(&self, refusal: Refusal, client: SocketAddr) {
+        let now = clock::now();
+        let mut turned = lock(&self.refused);
+        let Turned { counts, told } = &mut *turned;
+        let count = match refusal {
+            Refusal::Limit(Refused::Denied) => &mut counts.denied,
+            Refusal::Limit(Refused::Rate) => &mut counts.rate,
+            Refusal::Limit(Refused::Sessions) => &mut counts.sessions,
+            Refusal::Limit(Refused::SourceSessions) => &mut counts.source_sessions,
+            Refusal::Untrusted => &mut counts.proxy_untrusted,
+            Refusal::NoHeader | Refusal::Header(_) => &mut counts.proxy_header,
+            Refusal::HeaderTimeout => &mut counts.proxy_timeout,
+        };
+        *count += 1;
+        let count = *count;
+        if told.get(refusal.name()).is_some_and(|told| now - *told < TELL_EVERY) {
+            return;
+        }
+        told.insert(refusal.name(), now);
+        drop(turned);
+        let why = match refusal {
+            Refusal::Limit(Refused::Denied) => "allow and deny keep it out".into(),
+            Refusal::Limit(Refused::Rate) => "its source connects more often than source_rate".into(),
+            Refusal::Limit(Refused::Sessions) => "as many sessions as limits.sessions allows are running".into(),
+            Refusal::Limit(Refused::SourceSessions) => {
+                "its source has as many sessions as source_sessions allows".into()
+            }
+            Refusal::Untrusted => "accept_proxy does not list it".into(),
+            Refusal::NoHeader => "it ended before its PROXY header did".into(),
+            Refusal::Header(reason) => reason.to_string(),
+            Refusal::HeaderTimeout => "its PROXY header did not come in time".into(),
+        };
+        tracing::warn!(frontend = self.name, %client, reason = refusal.name(), count, "a connection was refused: {why}");
+    }
+
+    /// Names a connection across proxies.
+    pub(crate) fn next_id(&self) -> u128 {
+        ingress::next_id(&self.ids)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -161,6 +303,8 @@ impl Frontend {
     /// Takes over a changed configuration; sessions and health stay.
     pub(crate) fn reconfigure(&self, config: &config::Frontend, seed: u64, now: Moment) {
         self.rules.store(Arc::new(Rules::of(config)));
+        lock(&self.limits).reconfigure(&config.limits);
+        self.limited.store(is_limited(&config.limits), Relaxed);
         let mut core = self.core();
         let actions = core.pool.reconfigure(Settings::of(config, seed), &plain(config), now);
         core.config = config.clone();
@@ -178,6 +322,59 @@ impl Frontend {
         });
         self.act(&mut core, actions);
         picked
+    }
+
+    /// Chooses a second backend for a client whose first one hesitates; `tried` are all it has been sent to.
+    pub(crate) fn hedge(&self, client: IpAddr, tried: &[BackendId], now: Moment) -> Option<(Pick, Arc<Traffic>)> {
+        let mut core = self.core();
+        let (pick, actions) = core.pool.hedge(client, tried, now);
+        let picked = pick.map(|pick| {
+            let beside = core.backends.entry(pick.id).or_insert_with(Beside::new);
+            (pick, beside.traffic.clone())
+        });
+        self.act(&mut core, actions);
+        picked
+    }
+
+    /// A backend accepted when another one already had.
+    pub(crate) fn slow(&self, id: BackendId, took: Duration, now: Moment) {
+        let mut core = self.core();
+        let actions = core.pool.slow(id, Some(took), now);
+        self.act(&mut core, actions);
+    }
+
+    /// What each backend has too much of now.
+    pub(crate) fn surplus(&self, now: Moment) -> Vec<(BackendId, u32)> {
+        self.core().pool.surplus(now)
+    }
+
+    /// A thread has closed `count` sessions so that they go elsewhere.
+    pub(crate) fn were_shed(&self, id: BackendId, count: u32, now: Moment) {
+        let mut core = self.core();
+        let actions = core.pool.shed(id, count, now);
+        self.act(&mut core, actions);
+    }
+
+    /// Where a backend is, for a successor.
+    pub(crate) fn place_of(&self, id: BackendId) -> Option<(config::Address, SocketAddr)> {
+        self.core().pool.place_of(id)
+    }
+
+    /// Counts an established session that a predecessor handed over; `fd` is its backend's socket.
+    pub(crate) fn adopt(
+        &self,
+        backend: &config::Address,
+        address: SocketAddr,
+        fd: RawFd,
+        now: Moment,
+    ) -> (BackendId, Arc<Traffic>) {
+        let mut core = self.core();
+        let id = core.pool.adopt(backend, address, now);
+        let beside = core.backends.entry(id).or_insert_with(Beside::new);
+        if beside.witnesses.len() < WITNESSES {
+            beside.witnesses.push(fd);
+        }
+        (id, beside.traffic.clone())
     }
 
     /// The backend accepted; `fd` may testify to its life from now on.
@@ -288,6 +485,15 @@ impl Frontend {
         self.core().pool.healthy(now)
     }
 
+    /// `backend`, one of its addresses, is healthy.
+    pub(crate) fn healthy_one(&self, backend: &config::Address, now: Moment) -> bool {
+        let core = self.core();
+        let ids = core.pool.id_of(backend);
+        core.statuses(now)
+            .iter()
+            .any(|(id, status)| ids.contains(id) && status.state == State::Healthy)
+    }
+
     pub(crate) fn kind(&self) -> config::Kind {
         self.core().config.kind
     }
@@ -355,6 +561,7 @@ impl Frontend {
             failed_total: self.failed.load(Relaxed),
             retries_total: self.retries.load(Relaxed),
             local_errors_total: self.local_errors.load(Relaxed),
+            refused: lock(&self.refused).counts,
             backends,
         }
     }
@@ -388,7 +595,12 @@ impl Frontend {
                     up: beside.traffic.up.load(Relaxed),
                     down: beside.traffic.down.load(Relaxed),
                     resets: beside.traffic.resets.load(Relaxed),
-                    journal: beside.journal.clone(),
+                    journal: beside
+                        .journal
+                        .iter()
+                        .filter(|event| event.kind.is_known_to_all())
+                        .cloned()
+                        .collect(),
                 };
                 Some((core.pool.name_of(*id)?, memory))
             })
@@ -448,4 +660,17 @@ impl Core {
 
 fn plain(config: &config::Frontend) -> Vec<config::Backend> {
     config.backends.iter().map(|at| at.value.clone()).collect()
+}
+
+/// Whether each client has to be asked for; the number of sessions is known without.
+fn is_limited(limits: &config::Limits) -> bool {
+    limits.source_rate.is_some()
+        || limits.source_sessions.is_some()
+        || !limits.allow.is_empty()
+        || !limits.deny.is_empty()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // As for the core: what was written stands.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

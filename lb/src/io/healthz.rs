@@ -10,7 +10,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::{clock, frontend::Frontend};
-use crate::config::{Cidr, Kind};
+use crate::config::{Address, Cidr, Kind};
 
 /// Requests served at once; more wait in the listener's queue.
 const MOST: usize = 64;
@@ -22,12 +22,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct View {
     pub(crate) frontends: Vec<Arc<Frontend>>,
     pub(crate) allow: Vec<Cidr>,
+    /// The one that decides alone.
+    pub(crate) backend: Option<Address>,
 }
 
 impl View {
-    /// An API backend is healthy; without an API frontend, any backend.
+    /// The backend that decides is healthy, or else any API backend; without an API frontend, any backend.
     pub(crate) fn healthy(&self) -> bool {
         let now = clock::now();
+        if let Some(backend) = &self.backend {
+            return self.frontends.iter().any(|frontend| frontend.healthy_one(backend, now));
+        }
         let api = self.frontends.iter().any(|frontend| frontend.kind() == Kind::Api);
         self.frontends
             .iter()

@@ -2,16 +2,24 @@
 
 mod check;
 mod clock;
+mod dial;
 mod frontend;
+mod handover;
 mod healthz;
+mod ingress;
 mod memory;
 mod names;
 mod reactor;
 mod relay;
 mod service;
+mod session;
+mod slab;
 pub mod socket;
+mod threads;
 
 pub use service::{Error, check_file, run};
+
+pub use crate::Drain;
 
 use std::{collections::BTreeMap, net::SocketAddr, os::fd::OwnedFd, path::PathBuf, time::Duration};
 
@@ -34,15 +42,6 @@ pub struct Opened {
     pub resolv_conf: Vec<u8>,
     /// Content of /etc/hosts; empty if there is none.
     pub hosts: Vec<u8>,
-}
-
-/// A drain that an operator asked for and that outlives restarts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-pub struct Drain {
-    /// The frontend.
-    pub frontend: String,
-    /// The backend as configured, `HOST:PORT`.
-    pub backend: String,
 }
 
 /// A change that must be durable before it takes effect.

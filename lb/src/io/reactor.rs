@@ -7,33 +7,36 @@
 //! three recv, two send, shutdown, two close. What makes it so few: sockets are watched edge-triggered and never
 //! unregistered, a short read is known to have emptied the socket, the end of the request is read off EPOLLRDHUP, and
 //! the backend leg's options wait until a session has lived for a second.
+//!
+//! ```text
+//! accept -> (header)? -> dial ... hedge -> relay -> end      dial.rs, ingress.rs, relay.rs
+//!                                           \-> handed over to a successor          handover.rs
+//! ```
 
 use std::{
-    net::IpAddr,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
 };
 
-use rustix::{
-    event::{EventfdFlags, epoll, eventfd},
-    io::Errno,
-    net::SocketFlags,
-    time::Timespec,
-};
+use rustix::{event::epoll, io::Errno, net::SocketFlags, time::Timespec};
 
 use super::{
     clock,
-    frontend::{Frontend, Traffic},
-    relay::{self, Direction, Scratch, Turn},
+    frontend::{Frontend, Refusal},
+    relay::{self, Scratch, Turn},
+    session::{End, GROWN_UP, HEAD_WAIT, Phase, Session},
+    slab::{Content, GENERATIONS, Key, Slab},
     socket,
+    threads::{Order, Threads, millis},
 };
 use crate::{
     moment::Moment,
-    pool::{BackendId, Failure},
+    pool::BackendId,
     wheel::{Wheel, tick_of},
 };
 
@@ -43,133 +46,25 @@ const EVENTS: usize = 256;
 const ACCEPTS: usize = 8;
 /// How long a listener rests when this process is out of descriptors.
 const REST: Duration = Duration::from_millis(100);
+/// Between two log lines about that.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// Sessions of a down backend are reset within this time, each at a random moment.
 const JITTER: Duration = Duration::from_millis(300);
-/// When a session gets the keepalive of its backend leg.
-const GROWN_UP: Duration = Duration::from_secs(1);
-/// All backends together may take this long to accept, or the connect timeout if that is longer.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// A thread that has not turned for this long has hung.
-const PULSE: Duration = Duration::from_secs(4);
-
-/// What a data thread is told.
-pub(crate) enum Order {
-    /// Accept on this socket for this frontend.
-    Listen(Arc<Frontend>, OwnedFd),
-    /// Connections to this address belong to this frontend from now on.
-    Assign(std::net::SocketAddr, Arc<Frontend>),
-    /// Close the sockets of a listener address that is no longer wanted.
-    Unlisten(std::net::SocketAddr),
-    /// Sessions of a backend that went down.
-    Reset(String, BackendId),
-    /// Accept no more; end when the last session has, or at the moment given.
-    Stop(Moment),
-}
-
-/// The way to each data thread.
-pub(crate) struct Threads {
-    boxes: Vec<Inbox>,
-    alive: AtomicUsize,
-}
-
-struct Inbox {
-    orders: Mutex<Vec<Order>>,
-    bell: OnceLock<OwnedFd>,
-    /// Milliseconds since boot of the thread's last turn.
-    pulse: AtomicU64,
-}
-
-impl Threads {
-    pub(crate) fn new(count: u16) -> std::io::Result<Arc<Self>> {
-        let boxes = (0..count)
-            .map(|_| {
-                let bell = OnceLock::new();
-                let _ = bell.set(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-                Ok(Inbox {
-                    orders: Mutex::default(),
-                    bell,
-                    pulse: AtomicU64::new(0),
-                })
-            })
-            .collect::<std::io::Result<Vec<_>>>()?;
-        Ok(Arc::new(Self {
-            alive: AtomicUsize::new(boxes.len()),
-            boxes,
-        }))
-    }
-
-    pub(crate) fn count(&self) -> u16 {
-        u16::try_from(self.boxes.len()).unwrap_or(u16::MAX)
-    }
-
-    pub(crate) fn tell(&self, thread: usize, order: Order) {
-        let Some(inbox) = self.boxes.get(thread) else { return };
-        inbox.orders.lock().unwrap_or_else(PoisonError::into_inner).push(order);
-        if let Some(bell) = inbox.bell.get() {
-            // A full counter means the bell is ringing already.
-            let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
-        }
-    }
-
-    pub(crate) fn tell_all(&self, order: impl Fn() -> Order) {
-        for thread in 0..self.boxes.len() {
-            self.tell(thread, order());
-        }
-    }
-
-    pub(crate) fn reset_sessions(&self, frontend: &str, id: BackendId) {
-        self.tell_all(|| Order::Reset(frontend.to_owned(), id));
-    }
-
-    /// Every thread has turned lately.
-    pub(crate) fn healthy(&self, now: Moment) -> bool {
-        self.boxes
-            .iter()
-            .all(|inbox| now - Moment::new(Duration::from_millis(inbox.pulse.load(Relaxed))) < PULSE)
-    }
-
-    /// Threads that have not ended.
-    pub(crate) fn alive(&self) -> usize {
-        self.alive.load(Relaxed)
-    }
-}
-
-/// Starts the data threads.
-pub(crate) fn start(threads: &Arc<Threads>) -> std::io::Result<()> {
-    for index in 0..threads.boxes.len() {
-        let threads = threads.clone();
-        let reactor = Reactor::new(threads.clone(), index)?;
-        std::thread::Builder::new()
-            .name(format!("lb-{index}"))
-            .stack_size(512 * 1024)
-            .spawn(move || {
-                reactor.run();
-                threads.alive.fetch_sub(1, Relaxed);
-            })?;
-    }
-    Ok(())
-}
+/// Silence in both directions after which a session may be sent to another backend.
+const QUIET: Duration = Duration::from_secs(2);
 
 /// Whose event it is; packed into the 64 bits that epoll carries.
 #[derive(Clone, Copy)]
-enum Whose {
+pub(super) enum Whose {
     Bell,
     Listener(u32),
     Client(Key),
+    /// The backend leg of a session, or an attempt.
     Backend(Key),
 }
 
-/// A slot of the slab and the generation of its content, so that a late event finds nobody.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key {
-    slot: u32,
-    generation: u32,
-}
-
-const GENERATIONS: u32 = 1 << 30;
-
 impl Whose {
-    fn pack(self) -> epoll::EventData {
+    pub(super) fn pack(self) -> epoll::EventData {
         let key = |kind: u64, key: Key| (kind << 62) | (u64::from(key.generation) << 32) | u64::from(key.slot);
         epoll::EventData::new_u64(match self {
             Self::Bell => 0,
@@ -198,89 +93,43 @@ impl Whose {
 struct Listener {
     frontend: Arc<Frontend>,
     socket: OwnedFd,
-    address: std::net::SocketAddr,
+    address: SocketAddr,
     resting_until: Option<Moment>,
 }
 
-/// One proxied connection.
-struct Session {
-    frontend: Arc<Frontend>,
-    client: OwnedFd,
-    source: IpAddr,
-    /// The backend being connected or in use.
-    backend: Option<Leg>,
-    connected: bool,
-    tried: Vec<BackendId>,
-    accepted: Moment,
-    /// When the connect in flight began.
-    dialled: Moment,
-    last_byte: Moment,
-    /// Client to backend.
-    up: Direction,
-    /// Backend to client.
-    down: Direction,
-    client_nodelay: bool,
-    /// The client socket is watched for writability (only once a write came up short).
-    client_watched: bool,
-    reset_at: Option<Moment>,
-    /// The tick the earliest timer entry is set for.
-    armed: u64,
-}
-
-struct Leg {
-    id: BackendId,
-    socket: OwnedFd,
-    traffic: Arc<Traffic>,
-    nodelay: bool,
-    tuned: bool,
-}
-
-#[derive(Default)]
-struct Slot {
-    generation: u32,
-    session: Option<Box<Session>>,
-}
-
-/// How a session ends.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// Both sides have said all: plain close.
-    Done,
-    /// Something broke: the other side is told by a reset.
-    Reset,
-}
-
-struct Reactor {
-    threads: Arc<Threads>,
-    index: usize,
-    epoll: OwnedFd,
+pub(crate) struct Reactor {
+    pub(super) threads: Arc<Threads>,
+    pub(super) index: usize,
+    pub(super) epoll: OwnedFd,
     listeners: Vec<Option<Listener>>,
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-    live: usize,
+    pub(super) slab: Slab,
     wheel: Wheel<Key>,
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
     /// Sessions whose turn was cut short to be fair.
     again: Vec<Key>,
-    now: Moment,
+    pub(super) now: Moment,
     random: u64,
     stop_at: Option<Moment>,
+    /// When the log last told of a shortage.
+    complained_at: Option<Moment>,
+    /// The sessions live on in a successor: nothing of them may be touched.
+    pub(super) handed_over: bool,
 }
 
-const READ: epoll::EventFlags = epoll::EventFlags::IN
+pub(super) const READ: epoll::EventFlags = epoll::EventFlags::IN
     .union(epoll::EventFlags::RDHUP)
     .union(epoll::EventFlags::PRI)
     .union(epoll::EventFlags::ET);
-const READ_WRITE: epoll::EventFlags = READ.union(epoll::EventFlags::OUT);
+pub(super) const READ_WRITE: epoll::EventFlags = READ.union(epoll::EventFlags::OUT);
 
 impl Reactor {
-    fn new(threads: Arc<Threads>, index: usize) -> std::io::Result<Self> {
+    pub(super) fn new(threads: Arc<Threads>, index: usize) -> std::io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        if let Some(bell) = threads.boxes[index].bell.get() {
+        if let Some(bell) = threads.bell(index) {
             epoll::add(&epoll, bell, Whose::Bell.pack(), epoll::EventFlags::IN)?;
         }
         let now = clock::now();
-        threads.boxes[index].pulse.store(millis(now), Relaxed);
+        threads.beat(index, now);
         let mut seed = [0u8; 8];
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
         Ok(Self {
@@ -288,19 +137,19 @@ impl Reactor {
             index,
             epoll,
             listeners: Vec::new(),
-            slots: Vec::new(),
-            free: Vec::new(),
-            live: 0,
+            slab: Slab::default(),
             wheel: Wheel::new(now),
             scratch: Scratch::new(),
             again: Vec::new(),
             now,
             random: u64::from_ne_bytes(seed) | 1,
             stop_at: None,
+            complained_at: None,
+            handed_over: false,
         })
     }
 
-    fn run(mut self) {
+    pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(EVENTS);
         let mut due = Vec::new();
         loop {
@@ -312,9 +161,12 @@ impl Reactor {
                 Err(error) => panic!("epoll_wait on a valid descriptor: {error}"),
             }
             self.now = clock::now();
-            self.threads.boxes[self.index].pulse.store(millis(self.now), Relaxed);
+            self.threads.beat(self.index, self.now);
             for event in &events {
                 self.event(Whose::unpack(event.data), event.flags);
+                if self.handed_over {
+                    return;
+                }
             }
             for key in std::mem::take(&mut self.again) {
                 self.turn(key);
@@ -360,21 +212,28 @@ impl Reactor {
             Whose::Bell => self.orders(),
             Whose::Listener(index) => self.accept(index as usize),
             Whose::Client(key) => {
-                let Some(session) = self.session(key) else { return };
+                let Some(session) = self.slab.session(key) else { return };
                 session.up.readable |= lost || flags.intersects(F::IN | F::RDHUP);
                 session.up.fin |= flags.contains(F::RDHUP);
                 session.up.wary |= lost || flags.contains(F::PRI);
                 session.down.writable |= lost || flags.contains(F::OUT);
-                if flags.contains(F::ERR) && (session.up.ended || !session.connected) {
+                if flags.contains(F::ERR) && (session.up.ended || !session.relaying()) {
                     // The client has reset; whoever only closed its sending half still waits for an answer.
                     self.end(key, End::Reset);
-                } else if session.connected {
-                    self.turn(key);
+                    return;
+                }
+                match session.phase {
+                    Phase::Header => self.read_header(key),
+                    Phase::Dialling => {}
+                    Phase::Relaying => self.turn(key),
                 }
             }
             Whose::Backend(key) => {
-                let Some(session) = self.session(key) else { return };
-                if !session.connected {
+                let Some(session) = self.slab.session(key) else {
+                    self.attempt_answered(key, flags);
+                    return;
+                };
+                if !session.relaying() {
                     self.dialled(key, flags);
                     return;
                 }
@@ -391,22 +250,8 @@ impl Reactor {
         }
     }
 
-    fn session(&mut self, key: Key) -> Option<&mut Session> {
-        let slot = self.slots.get_mut(key.slot as usize)?;
-        if slot.generation != key.generation {
-            return None;
-        }
-        slot.session.as_deref_mut()
-    }
-
     fn orders(&mut self) {
-        let inbox = &self.threads.boxes[self.index];
-        if let Some(bell) = inbox.bell.get() {
-            let mut count = [0u8; 8];
-            let _ = rustix::io::read(bell, &mut count);
-        }
-        let orders = std::mem::take(&mut *inbox.orders.lock().unwrap_or_else(PoisonError::into_inner));
-        for order in orders {
+        for order in self.threads.clone().orders(self.index) {
             match order {
                 Order::Listen(frontend, socket) => self.listen(frontend, socket),
                 Order::Unlisten(address) => {
@@ -427,10 +272,16 @@ impl Reactor {
                     }
                 }
                 Order::Reset(frontend, id) => self.reset_sessions(&frontend, id),
+                Order::Shed(frontend, id, left) => self.shed(&frontend, id, &left),
+                Order::Adopt(moved) => moved.into_iter().for_each(|moved| self.adopt(moved)),
+                Order::Freeze(freeze) => self.freeze(freeze),
                 Order::Stop(at) => {
                     self.listeners.clear();
                     self.stop_at = Some(at);
                 }
+            }
+            if self.handed_over {
+                return;
             }
         }
     }
@@ -438,7 +289,7 @@ impl Reactor {
     fn listen(&mut self, frontend: Arc<Frontend>, socket: OwnedFd) {
         let address = rustix::net::getsockname(&socket)
             .ok()
-            .and_then(|any| std::net::SocketAddr::try_from(any).ok());
+            .and_then(|any| SocketAddr::try_from(any).ok());
         let Some(address) = address else {
             tracing::error!(
                 frontend = frontend.name,
@@ -494,10 +345,13 @@ impl Reactor {
     fn rest(&mut self, index: usize) {
         let until = self.now + REST;
         if let Some(Some(listener)) = self.listeners.get_mut(index) {
-            tracing::warn!(
-                frontend = listener.frontend.name,
-                "out of descriptors or memory: new connections wait; raise LimitNOFILE"
-            );
+            if self.complained_at.is_none_or(|at| self.now - at >= COMPLAIN_EVERY) {
+                self.complained_at = Some(self.now);
+                tracing::warn!(
+                    frontend = listener.frontend.name,
+                    "out of descriptors or memory: new connections wait; raise LimitNOFILE"
+                );
+            }
             let whose = Whose::Listener(u32::try_from(index).unwrap_or(u32::MAX));
             let _ = epoll::modify(&self.epoll, &listener.socket, whose.pack(), epoll::EventFlags::empty());
             listener.resting_until = Some(until);
@@ -517,176 +371,64 @@ impl Reactor {
     }
 
     /// A client has connected.
-    fn open(&mut self, frontend: Arc<Frontend>, client: OwnedFd, source: IpAddr) {
+    fn open(&mut self, frontend: Arc<Frontend>, client: OwnedFd, source: SocketAddr) {
         frontend.accepted.fetch_add(1, Relaxed);
-        frontend.sessions.fetch_add(1, Relaxed);
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot::default());
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
-        });
-        let now = self.now;
-        let entry = &mut self.slots[slot as usize];
-        let key = Key {
-            slot,
-            generation: entry.generation,
+        let phase = match frontend.door(source) {
+            Ok(phase) => phase,
+            Err(refusal) => {
+                frontend.refuse(refusal, source);
+                socket::reset(client);
+                return;
+            }
         };
-        entry.session = Some(Box::new(Session {
-            frontend,
-            client,
-            source,
-            backend: None,
-            connected: false,
-            tried: Vec::new(),
-            accepted: now,
-            dialled: now,
-            last_byte: now,
-            up: Direction::default(),
-            // A fresh socket takes a first answer; what does not fit shows in the write.
-            down: Direction::into_fresh_socket(),
-            // Inherited from the listener.
-            client_nodelay: true,
-            client_watched: false,
-            reset_at: None,
-            armed: u64::MAX,
-        }));
-        self.live += 1;
-        let Self { epoll, slots, .. } = self;
-        let watched = slots[slot as usize]
-            .session
-            .as_ref()
-            .map(|s| epoll::add(epoll, &s.client, Whose::Client(key).pack(), READ));
+        frontend.sessions.fetch_add(1, Relaxed);
+        let session = Session::new(frontend, client, source, phase, self.now);
+        let key = self.slab.put(Content::Session(Box::new(session)));
+        let Self { epoll, slab, .. } = self;
+        let watched = slab
+            .session(key)
+            .map(|session| epoll::add(epoll, &session.client, Whose::Client(key).pack(), READ));
         if !matches!(watched, Some(Ok(()))) {
             self.end(key, End::Reset);
             return;
         }
-        self.dial(key);
+        match phase {
+            // The header's event comes with its first byte.
+            Phase::Header => self.arm(key),
+            _ => self.admit(key),
+        }
     }
 
-    /// Connects to the next backend; without one the client is reset.
-    fn dial(&mut self, key: Key) {
+    /// The client's true address is known: its limits, then its backend.
+    pub(super) fn admit(&mut self, key: Key) {
         let now = self.now;
-        loop {
-            let Some(session) = self.session(key) else { return };
-            let frontend = session.frontend.clone();
-            let patience = PATIENCE.max(frontend.rules.load().connect_timeout);
-            let picked = if now - session.accepted > patience {
-                None
-            } else {
-                frontend.pick(session.source, &session.tried, now)
-            };
-            let Some((pick, traffic)) = picked else {
-                frontend.failed.fetch_add(1, Relaxed);
-                self.end(key, End::Reset);
-                return;
-            };
-            if !session.tried.is_empty() {
-                frontend.retries.fetch_add(1, Relaxed);
+        let Some(session) = self.slab.session(key) else { return };
+        match session.frontend.admit(session.source.ip(), now) {
+            Ok(counted) => {
+                session.admitted = counted;
+                session.phase = Phase::Dialling;
+                self.dial(key);
             }
-            let socket = match socket::connect(pick.address) {
-                Ok(socket) => socket,
-                Err(error) => {
-                    let failure = socket::failure_of(error);
-                    frontend.connect_failed(pick.id, failure, now);
-                    session.tried.push(pick.id);
-                    if matches!(error, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) {
-                        // No other backend can help this machine's own shortage.
-                        frontend.failed.fetch_add(1, Relaxed);
-                        self.end(key, End::Reset);
-                        return;
-                    }
-                    continue;
-                }
-            };
-            let Self { epoll, slots, .. } = self;
-            let Some(session) = slots[key.slot as usize].session.as_deref_mut() else {
-                return;
-            };
-            if epoll::add(epoll, &socket, Whose::Backend(key).pack(), READ_WRITE).is_err() {
-                frontend.connect_failed(pick.id, Failure::Local, now);
+            Err(refused) => {
+                session.frontend.refuse(Refusal::Limit(refused), session.source);
                 self.end(key, End::Reset);
-                return;
             }
-            session.backend = Some(Leg {
-                id: pick.id,
-                socket,
-                traffic,
-                nodelay: false,
-                tuned: false,
-            });
-            session.dialled = now;
-            self.arm(key);
-            return;
         }
-    }
-
-    /// The connect in flight has an answer.
-    fn dialled(&mut self, key: Key, flags: epoll::EventFlags) {
-        use epoll::EventFlags as F;
-        let now = self.now;
-        let Some(session) = self.session(key) else { return };
-        let Some(leg) = &session.backend else { return };
-        if flags.intersects(F::ERR | F::HUP) {
-            let error = match rustix::net::sockopt::socket_error(&leg.socket) {
-                Ok(Err(error)) | Err(error) => error,
-                // Closed right after the handshake, before we looked.
-                Ok(Ok(())) => Errno::CONNRESET,
-            };
-            self.next_backend(key, socket::failure_of(error));
-            return;
-        }
-        if !flags.contains(F::OUT) {
-            return;
-        }
-        session.connected = true;
-        session.last_byte = now;
-        session.up.writable = true;
-        session.down.readable |= flags.intersects(F::IN | F::RDHUP);
-        session.down.fin |= flags.contains(F::RDHUP);
-        session.down.wary |= flags.contains(F::PRI);
-        session.tried = Vec::new();
-        let took = now - session.dialled;
-        session
-            .frontend
-            .connected(leg.id, socket::number(&leg.socket), took, now);
-        let due = session.up.readable || session.down.readable;
-        // The connect's timer serves as the session's first one where it is early enough.
-        self.arm(key);
-        if due {
-            self.turn(key);
-        }
-    }
-
-    /// The backend being dialled did not answer: the same client goes on to the next one.
-    fn next_backend(&mut self, key: Key, failure: Failure) {
-        let now = self.now;
-        let Some(session) = self.session(key) else { return };
-        if let Some(leg) = session.backend.take() {
-            session.tried.push(leg.id);
-            session.frontend.connect_failed(leg.id, failure, now);
-        }
-        self.dial(key);
     }
 
     /// Moves what can be moved in both directions.
-    fn turn(&mut self, key: Key) {
+    pub(super) fn turn(&mut self, key: Key) {
         let Self {
             epoll,
-            slots,
+            slab,
             scratch,
             again,
             now,
             ..
         } = self;
-        let Some(slot) = slots
-            .get_mut(key.slot as usize)
-            .filter(|slot| slot.generation == key.generation)
-        else {
-            return;
-        };
-        let Some(session) = slot.session.as_deref_mut() else {
-            return;
-        };
-        let Some(leg) = session.backend.as_mut().filter(|_| session.connected) else {
+        let Some(session) = slab.session(key) else { return };
+        let relaying = session.relaying();
+        let Some(leg) = session.backend.as_mut().filter(|_| relaying) else {
             return;
         };
         let (client, backend) = (session.client.as_fd(), leg.socket.as_fd());
@@ -743,14 +485,9 @@ impl Reactor {
     }
 
     /// Sets the session's timer if a deadline of its is earlier than what is set.
-    fn arm(&mut self, key: Key) {
-        let Self { slots, wheel, .. } = self;
-        let Some(session) = slots
-            .get_mut(key.slot as usize)
-            .and_then(|slot| slot.session.as_deref_mut())
-        else {
-            return;
-        };
+    pub(super) fn arm(&mut self, key: Key) {
+        let Self { slab, wheel, .. } = self;
+        let Some(session) = slab.session(key) else { return };
         let Some(deadline) = session.deadline() else { return };
         let tick = tick_of(deadline);
         if tick < session.armed {
@@ -758,9 +495,17 @@ impl Reactor {
         }
     }
 
+    /// Sets the timer of an attempt.
+    pub(super) fn arm_attempt(&mut self, key: Key, deadline: Moment) {
+        self.wheel.set(tick_of(deadline), key);
+    }
+
     fn timer(&mut self, tick: u64, key: Key) {
         let now = self.now;
-        let Some(session) = self.session(key) else { return };
+        let Some(session) = self.slab.session(key) else {
+            self.attempt_timer(key);
+            return;
+        };
         if session.armed != tick {
             return;
         }
@@ -769,14 +514,16 @@ impl Reactor {
             self.end(key, End::Reset);
             return;
         }
-        if !session.connected {
-            if session.dialled + session.frontend.rules.load().connect_timeout <= now {
-                self.next_backend(key, Failure::Timeout);
-            } else {
-                self.arm(key);
-            }
-            return;
+        match session.phase {
+            Phase::Header => self.header_timer(key),
+            Phase::Dialling => self.dial_timer(key),
+            Phase::Relaying => self.relay_timer(key),
         }
+    }
+
+    fn relay_timer(&mut self, key: Key) {
+        let now = self.now;
+        let Some(session) = self.slab.session(key) else { return };
         if let Some(leg) = session.backend.as_mut().filter(|leg| !leg.tuned)
             && session.accepted + GROWN_UP <= now
         {
@@ -785,6 +532,11 @@ impl Reactor {
                 tracing::debug!(frontend = session.frontend.name, %error, "keepalive could not be set on a backend connection");
             }
         }
+        if session.up.head.is_some() && now - session.last_byte >= HEAD_WAIT {
+            session.up.head_due = true;
+            self.turn(key);
+        }
+        let Some(session) = self.slab.session(key) else { return };
         let rules = session.frontend.rules.load();
         let quiet = now - session.last_byte;
         if session.half_closed() && quiet >= rules.half_close_timeout {
@@ -799,29 +551,19 @@ impl Reactor {
         }
     }
 
-    /// Sessions of a backend that went down are reset, spread over [`JITTER`] so that their clients do not all come
-    /// back in the same millisecond. Those that do not need a backend any more are left alone.
     fn reset_sessions(&mut self, frontend: &str, id: BackendId) {
-        let mut hit: Vec<Key> = Vec::new();
-        for (slot, entry) in self.slots.iter().enumerate() {
-            if let Some(session) = &entry.session
-                && session.connected
+        let hit = self.slab.sessions_where(|session| {
+            session.relaying()
                 && session.reset_at.is_none()
                 && session.frontend.name == frontend
                 && session.backend.as_ref().is_some_and(|leg| leg.id == id)
-            {
-                hit.push(Key {
-                    slot: u32::try_from(slot).unwrap_or(u32::MAX),
-                    generation: entry.generation,
-                });
-            }
-        }
+        });
         let mut frontend = None;
         for key in &hit {
             let spread = u64::try_from(JITTER.as_millis()).unwrap_or(0).max(1);
             let jitter = Duration::from_millis(self.draw() % spread);
             let at = self.now + jitter;
-            if let Some(session) = self.session(*key) {
+            if let Some(session) = self.slab.session(*key) {
                 session.reset_at = Some(at);
                 frontend = Some(session.frontend.clone());
             }
@@ -829,6 +571,29 @@ impl Reactor {
         }
         if let Some(frontend) = frontend {
             frontend.were_reset(id, hit.len() as u64);
+        }
+    }
+
+    /// Closes sessions of a backend with more than its share, those that have been quiet longest first. Their clients
+    /// connect again and are given to whoever has fewer.
+    fn shed(&mut self, frontend: &Arc<Frontend>, id: BackendId, left: &AtomicU32) {
+        let now = self.now;
+        let mut quiet = self.slab.sessions_where(|session| {
+            Arc::ptr_eq(&session.frontend, frontend)
+                && session.backend.as_ref().is_some_and(|leg| leg.id == id)
+                && session.quiet_for(QUIET, now)
+        });
+        quiet.sort_by_key(|key| self.slab.session(*key).map(|session| session.last_byte));
+        let mut closed = 0;
+        for key in quiet {
+            if left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_err() {
+                break;
+            }
+            self.end(key, End::Done);
+            closed += 1;
+        }
+        if closed > 0 {
+            frontend.were_shed(id, closed, now);
         }
     }
 
@@ -840,95 +605,22 @@ impl Reactor {
         self.random
     }
 
-    fn end(&mut self, key: Key, end: End) {
-        let now = self.now;
-        let Self {
-            slots,
-            free,
-            scratch,
-            live,
-            ..
-        } = self;
-        let Some(slot) = slots
-            .get_mut(key.slot as usize)
-            .filter(|slot| slot.generation == key.generation)
-        else {
-            return;
-        };
-        let Some(mut session) = slot.session.take() else { return };
-        slot.generation = (slot.generation + 1) % GENERATIONS;
-        free.push(key.slot);
-        *live -= 1;
-        session.frontend.sessions.fetch_sub(1, Relaxed);
-        session.up.close(scratch);
-        session.down.close(scratch);
-        if let Some(leg) = session.backend {
-            if session.connected {
-                session.frontend.closed(leg.id, leg.socket.as_raw_fd(), now);
-            } else {
-                session.frontend.abandoned(leg.id, now);
-            }
-            close(leg.socket, end);
+    pub(super) fn end(&mut self, key: Key, end: End) {
+        match self.slab.take(key) {
+            Content::Session(session) => session.close(end, &mut self.scratch, self.now),
+            Content::Attempt(attempt) => attempt.frontend.abandoned(attempt.leg.id, self.now),
+            Content::Empty => {}
         }
-        close(session.client, end);
     }
 
     fn stopped(&mut self) -> bool {
         let Some(at) = self.stop_at else { return false };
-        if self.live > 0 && self.now < at {
+        if self.slab.sessions() > 0 && self.now < at {
             return false;
         }
-        let keys: Vec<Key> = self
-            .slots
-            .iter()
-            .enumerate()
-            .filter(|(_, slot)| slot.session.is_some())
-            .map(|(slot, entry)| Key {
-                slot: u32::try_from(slot).unwrap_or(u32::MAX),
-                generation: entry.generation,
-            })
-            .collect();
-        for key in keys {
+        for key in self.slab.keys(|content| !matches!(content, Content::Empty)) {
             self.end(key, End::Reset);
         }
         true
     }
-}
-
-impl Session {
-    fn half_closed(&self) -> bool {
-        self.up.told != self.down.told
-    }
-
-    /// The earliest moment at which something has to be looked at.
-    fn deadline(&self) -> Option<Moment> {
-        let rules = self.frontend.rules.load();
-        let mut earliest = self.reset_at;
-        let mut consider = |moment: Moment| earliest = Some(earliest.map_or(moment, |at: Moment| at.min(moment)));
-        if !self.connected {
-            consider(self.dialled + rules.connect_timeout);
-            return earliest;
-        }
-        if self.backend.as_ref().is_some_and(|leg| !leg.tuned) {
-            consider(self.accepted + GROWN_UP);
-        }
-        if self.half_closed() {
-            consider(self.last_byte + rules.half_close_timeout);
-        }
-        if let Some(idle) = rules.idle_timeout {
-            consider(self.last_byte + idle);
-        }
-        earliest
-    }
-}
-
-fn close(socket: OwnedFd, end: End) {
-    match end {
-        End::Done => drop(socket),
-        End::Reset => socket::reset(socket),
-    }
-}
-
-fn millis(moment: Moment) -> u64 {
-    u64::try_from(moment.since_boot().as_millis()).unwrap_or(u64::MAX)
 }

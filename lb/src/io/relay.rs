@@ -11,6 +11,9 @@ use rustix::{
     net::{RecvFlags, SendFlags, Shutdown},
     pipe::{PipeFlags, SpliceFlags},
 };
+use serde::{Deserialize, Serialize};
+
+use super::ingress::{HEAD, Head};
 
 /// The scratch buffer's size, and with it the read that proves a direction bulky.
 pub(crate) const SCRATCH: usize = 64 * 1024;
@@ -36,6 +39,8 @@ pub(crate) struct Pipe {
 pub(crate) struct Scratch {
     buffer: Box<[u8; SCRATCH]>,
     pipes: Vec<Pipe>,
+    /// A PROXY header on its way.
+    head: Vec<u8>,
 }
 
 impl Scratch {
@@ -43,7 +48,13 @@ impl Scratch {
         Self {
             buffer: Box::new([0; SCRATCH]),
             pipes: Vec::new(),
+            head: Vec::new(),
         }
+    }
+
+    /// Room to read into, overwritten by whoever reads next.
+    pub(crate) fn buffer(&mut self) -> &mut [u8; SCRATCH] {
+        &mut self.buffer
     }
 
     fn take_pipe(&mut self) -> Option<Pipe> {
@@ -84,6 +95,24 @@ pub(crate) struct Direction {
     pipe: Option<Box<Pipe>>,
     /// Something has been written: what follows wants TCP_NODELAY.
     written: bool,
+    /// What the sink gets before the first byte from the source, in the same write if that is there.
+    pub(crate) head: Option<Box<Head>>,
+    /// The head has waited long enough for a first byte to travel with.
+    pub(crate) head_due: bool,
+}
+
+/// A direction at rest, written down for a successor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) ended: bool,
+    pub(crate) told: bool,
+    pub(crate) written: bool,
+    pub(crate) wary: bool,
+    pub(crate) bulky: bool,
+    /// Bytes read and not yet written.
+    pub(crate) rest: usize,
+    /// Bytes in the pipe that travels along.
+    pub(crate) piped: usize,
 }
 
 #[derive(Debug)]
@@ -132,7 +161,8 @@ impl Direction {
             if self.ended {
                 return Turn::Ended;
             }
-            if !self.readable {
+            let head_goes_alone = self.head_due && self.head.is_some();
+            if !self.readable && !head_goes_alone {
                 return Turn::Wait;
             }
             let result = if self.bulky {
@@ -194,7 +224,7 @@ impl Direction {
         Ok(true)
     }
 
-    /// Reads once and writes what was read.
+    /// Reads once and writes what was read, behind the head if that is still to go.
     fn copy(
         &mut self,
         source: BorrowedFd<'_>,
@@ -203,27 +233,52 @@ impl Direction {
         scratch: &mut Scratch,
         moved: &mut usize,
     ) -> Result<(), Errno> {
-        let buffer = &mut scratch.buffer[..];
-        let read = match rustix::net::recv(source, &mut *buffer, RecvFlags::empty()) {
-            Ok((_, 0)) => {
-                self.ended = true;
-                return Ok(());
+        let Scratch { buffer, head, .. } = scratch;
+        // The head is as long as what follows makes it, so room is left in front.
+        let begin = if self.head.is_some() { HEAD } else { 0 };
+        let room = SCRATCH - begin;
+        let read = if self.readable {
+            match rustix::net::recv(source, &mut buffer[begin..], RecvFlags::empty()) {
+                Ok((_, read)) => Some(read.min(room)),
+                Err(Errno::INTR) => return Ok(()),
+                Err(Errno::AGAIN) => None,
+                Err(error) => return Err(error),
             }
-            Ok((_, read)) => read.min(SCRATCH),
-            Err(Errno::INTR) => return Ok(()),
-            Err(Errno::AGAIN) => {
-                self.readable = false;
-                return Ok(());
-            }
-            Err(error) => return Err(error),
+        } else {
+            None
         };
-        *moved += read;
-        if read < SCRATCH && !self.wary {
-            // A short read emptied the socket (epoll(7)): no need to ask again, and behind a FIN nothing can follow.
-            self.readable = false;
-            self.ended = self.fin;
-        }
-        self.bulky = read == SCRATCH;
+        self.readable &= read.is_some();
+        let read = match read {
+            Some(0) => {
+                self.ended = true;
+                0
+            }
+            Some(read) => {
+                *moved += read;
+                if read < room && !self.wary {
+                    // A short read emptied the socket (epoll(7)): no need to ask again, and behind a FIN nothing can follow.
+                    self.readable = false;
+                    self.ended = self.fin;
+                }
+                self.bulky = read == room;
+                read
+            }
+            None => 0,
+        };
+        let front = match self.head.take() {
+            Some(ours) => {
+                ours.write(&buffer[begin..begin + read], head);
+                let front = begin.saturating_sub(head.len());
+                buffer[front..begin].copy_from_slice(&head[..begin - front]);
+                front
+            }
+            None => begin,
+        };
+        self.write(sink, nodelay, &buffer[front..begin + read])
+    }
+
+    /// Writes `bytes`; what the sink does not take waits.
+    fn write(&mut self, sink: BorrowedFd<'_>, nodelay: &mut bool, bytes: &[u8]) -> Result<(), Errno> {
         // The last bytes wait for the FIN that follows in this very turn: one segment, one wake-up of the sink.
         let flags = if self.ended {
             SendFlags::NOSIGNAL | SendFlags::MORE
@@ -231,11 +286,11 @@ impl Direction {
             SendFlags::NOSIGNAL
         };
         let mut sent = 0;
-        while sent < read && self.writable {
+        while sent < bytes.len() && self.writable {
             if self.written {
                 set_nodelay(sink, nodelay);
             }
-            match rustix::net::send(sink, &buffer[sent..read], flags) {
+            match rustix::net::send(sink, &bytes[sent..], flags) {
                 Ok(n) => {
                     sent += n;
                     self.written = true;
@@ -245,11 +300,11 @@ impl Direction {
                 Err(error) => return Err(error),
             }
         }
-        if sent < read {
+        if sent < bytes.len() {
             // The sink is slower than the source: that is what bulk looks like.
             self.bulky = true;
             self.rest = Some(Box::new(Rest {
-                bytes: buffer[sent..read].to_vec(),
+                bytes: bytes[sent..].to_vec(),
                 sent: 0,
             }));
         }
@@ -283,6 +338,58 @@ impl Direction {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Nothing of it is under way in this process.
+    pub(crate) fn is_clear(&self) -> bool {
+        self.rest.is_none() && self.pipe.is_none() && self.head.is_none()
+    }
+
+    /// What a successor needs to go on: flags, the bytes that were read and not yet written, and the pipe with those
+    /// that are inside it.
+    pub(crate) fn record(&self) -> (Record, &[u8], Option<[BorrowedFd<'_>; 2]>) {
+        let rest = self.rest.as_ref().map_or(&[][..], |rest| &rest.bytes[rest.sent..]);
+        let piped = self.pipe.as_ref().filter(|pipe| pipe.filled > 0);
+        let record = Record {
+            ended: self.ended,
+            told: self.told,
+            written: self.written,
+            wary: self.wary,
+            bulky: self.bulky,
+            rest: rest.len(),
+            piped: piped.map_or(0, |pipe| pipe.filled),
+        };
+        (record, rest, piped.map(|pipe| [pipe.read.as_fd(), pipe.write.as_fd()]))
+    }
+
+    /// The direction that a predecessor recorded. What the sockets are ready for, the first events tell.
+    pub(crate) fn restored(record: &Record, rest: &[u8], pipe: Option<[OwnedFd; 2]>) -> Self {
+        Self {
+            wary: record.wary,
+            ended: record.ended,
+            told: record.told,
+            bulky: record.bulky,
+            written: record.written,
+            rest: (!rest.is_empty()).then(|| {
+                Box::new(Rest {
+                    bytes: rest.to_vec(),
+                    sent: 0,
+                })
+            }),
+            pipe: pipe.map(|[read, write]| {
+                Box::new(Pipe {
+                    read,
+                    write,
+                    filled: record.piped,
+                })
+            }),
+            ..Self::default()
+        }
+    }
+
+    /// The sink is what a write was refused by.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.rest.is_some() || self.pipe.as_ref().is_some_and(|pipe| pipe.filled > 0)
     }
 
     /// Gives the pipe back for another session, if it is empty; one with bytes in it is closed.

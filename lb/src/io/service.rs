@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU32},
     time::Duration,
 };
 
@@ -15,21 +15,25 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Command, Commit, Drain, Inheritance, Links, Opened, check, clock,
+    Command, Commit, Drain, Inheritance, Links, Opened, Part, check, clock,
     frontend::{Frontend, Memory},
+    handover::{self, Freeze, FromThread, Said, Word},
     healthz,
     memory::MemoryFile,
     names,
-    reactor::{self, Order, Threads},
+    threads::{self, Order, Threads},
 };
 use crate::{
     Config,
     config::{Address, At, CheckKind},
+    moment::Moment,
     status::{Answer, Request, Status, Why},
 };
 
 /// Health and counters are written down at least this often, and at once when a backend's state changes.
 const REMEMBER: Duration = Duration::from_secs(1);
+/// Between two looks at whether backends have more than their share.
+const SHED: Duration = Duration::from_secs(6);
 /// ... but not more often than this.
 const REMEMBER_LEAST: Duration = Duration::from_millis(20);
 
@@ -44,7 +48,7 @@ pub enum Error {
     Config(String),
     /// The predecessor did not hand over, or nobody committed; it goes on.
     #[error("nothing was taken over: {0}")]
-    HandOver(&'static str),
+    HandOver(String),
 }
 
 /// Whether `content` can serve as the file that `config` names at `path`; the supervisor asks before it passes it on.
@@ -73,19 +77,22 @@ pub async fn run(
     links: Links,
     inheritance: Option<Inheritance>,
 ) -> Result<(), Error> {
-    if inheritance.is_some() {
-        return Err(Error::HandOver("this balancer takes no sessions over"));
-    }
     let threads = Threads::new(threads.max(1)).map_err(Error::Threads)?;
-    let memory = state.and_then(|fd| {
+    let mut memory = state.and_then(|fd| {
         MemoryFile::new(fd)
             .inspect_err(|error| tracing::warn!(%error, "health is not remembered over a crash"))
             .ok()
     });
-    let mut service = Service::new(threads.clone(), links.commits, memory, drains);
-    service.apply(&config, opened).map_err(Error::Config)?;
+    let mut service = Service::new(threads.clone(), links.commits, drains);
+    if let Some(inheritance) = inheritance {
+        service.inherit(&config, opened, inheritance).await?;
+    } else {
+        service.remembered = memory.as_mut().map(remembered).unwrap_or_default();
+        service.apply(&config, opened).map_err(Error::Config)?;
+    }
+    service.memory = memory;
     // The threads start once their listeners are ordered, so that health is remembered before the first client is served.
-    reactor::start(&threads).map_err(Error::Threads)?;
+    threads::start(&threads).map_err(Error::Threads)?;
     service.serve(links.commands).await;
     Ok(())
 }
@@ -117,27 +124,20 @@ struct Snapshot {
 
 const SNAPSHOT_VERSION: u32 = 1;
 
+/// What an earlier process of this boot has written down.
+fn remembered(memory: &mut MemoryFile) -> BTreeMap<String, Memory> {
+    match memory.read().map(|bytes| serde_json::from_slice::<Snapshot>(&bytes)) {
+        Some(Ok(snapshot)) if snapshot.version == SNAPSHOT_VERSION => snapshot.frontends,
+        Some(Ok(_) | Err(_)) => {
+            tracing::info!("health written down by another version is not understood; every backend starts healthy");
+            BTreeMap::new()
+        }
+        None => BTreeMap::new(),
+    }
+}
+
 impl Service {
-    fn new(
-        threads: Arc<Threads>,
-        commits: mpsc::Sender<Commit>,
-        mut memory: Option<MemoryFile>,
-        drains: Vec<Drain>,
-    ) -> Self {
-        let remembered = memory
-            .as_mut()
-            .and_then(MemoryFile::read)
-            .map(|bytes| serde_json::from_slice::<Snapshot>(&bytes));
-        let remembered = match remembered {
-            Some(Ok(snapshot)) if snapshot.version == SNAPSHOT_VERSION => snapshot.frontends,
-            Some(Ok(_) | Err(_)) => {
-                tracing::info!(
-                    "health written down by another version is not understood; every backend starts healthy"
-                );
-                BTreeMap::new()
-            }
-            None => BTreeMap::new(),
-        };
+    fn new(threads: Arc<Threads>, commits: mpsc::Sender<Commit>, drains: Vec<Drain>) -> Self {
         let mut seed = [0u8; 8];
         let _ = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty());
         Self {
@@ -151,8 +151,8 @@ impl Service {
             tasks: CancellationToken::new(),
             drains: Arc::new(std::sync::Mutex::new(drains.into_iter().collect())),
             commits,
-            memory,
-            remembered,
+            memory: None,
+            remembered: BTreeMap::new(),
             seed: u64::from_ne_bytes(seed),
         }
     }
@@ -160,6 +160,8 @@ impl Service {
     async fn serve(&mut self, mut commands: mpsc::Receiver<Command>) {
         let mut remember = tokio::time::interval(REMEMBER);
         remember.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut shed = tokio::time::interval(SHED);
+        shed.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let changed = self.changed.clone();
         loop {
             tokio::select! {
@@ -167,15 +169,144 @@ impl Service {
                     Some(Command::Stop { grace }) => return self.stop(grace).await,
                     // The supervisor is gone, and with it whoever could start a successor: end as it would want.
                     None => return self.stop(Duration::ZERO).await,
+                    Some(Command::HandOver { parts, commit }) => match self.hand_over(parts, commit).await {
+                        Ok(()) => return,
+                        Err(error) => tracing::warn!("the sessions stay with this process: {error}"),
+                    },
                     Some(command) => self.command(command),
                 },
                 _ = remember.tick() => self.remember(),
+                _ = shed.tick() => self.shed(),
                 () = changed.notified() => {
                     self.remember();
                     tokio::time::sleep(REMEMBER_LEAST).await;
                 }
             }
         }
+    }
+
+    /// Has surplus sessions of backends move to those with fewer.
+    fn shed(&self) {
+        let now = clock::now();
+        for frontend in self.frontends.values() {
+            for (id, count) in frontend.surplus(now) {
+                let left = Arc::new(AtomicU32::new(count));
+                self.threads
+                    .tell_all(|| Order::Shed(frontend.clone(), id, left.clone()));
+            }
+        }
+    }
+
+    /// Hands everything to a successor. `Ok`: it has it all, and nothing here may be touched any more. On an error
+    /// everything goes on here, a few milliseconds later.
+    async fn hand_over(&self, parts: mpsc::Sender<Part>, commit: oneshot::Receiver<()>) -> Result<(), String> {
+        let cut = || "the successor does not take the sessions".to_owned();
+        let (to, mut from) = mpsc::channel(1);
+        let mut words = Vec::new();
+        for thread in 0..usize::from(self.threads.count()) {
+            let (say, hears) = std::sync::mpsc::channel();
+            words.push(say);
+            self.threads.tell(
+                thread,
+                Order::Freeze(Freeze {
+                    to: to.clone(),
+                    words: hears,
+                }),
+            );
+        }
+        drop(to);
+        // From here on an error drops `words`, and with them everything thaws.
+        for _ in &words {
+            match from.recv().await {
+                Some(FromThread::Frozen) => {}
+                _ => return Err("a data thread does not stand still".into()),
+            }
+        }
+        let first = handover::first(self.memories(clock::now()))?;
+        parts.send(first).await.map_err(|_| cut())?;
+        for word in &words {
+            let _ = word.send(Word::Send);
+        }
+        let mut running = words.len();
+        while running > 0 {
+            match from.recv().await {
+                Some(FromThread::Part(part)) => parts.send(part).await.map_err(|_| cut())?,
+                Some(FromThread::Finished) => running -= 1,
+                _ => return Err("a data thread could not hand its sessions over".into()),
+            }
+        }
+        parts.send(handover::last()?).await.map_err(|_| cut())?;
+        drop(parts);
+        commit.await.map_err(|_| "nobody has committed".to_owned())?;
+        for word in &words {
+            let _ = word.send(Word::Gone);
+        }
+        while self.threads.alive() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
+    /// Takes everything over from a predecessor, puts `config` into effect on top of it, and waits for the word.
+    async fn inherit(&mut self, config: &Config, opened: Opened, inheritance: Inheritance) -> Result<(), Error> {
+        let Inheritance {
+            mut parts,
+            ready,
+            committed,
+        } = inheritance;
+        let mut opened = Some(opened);
+        let mut thread = 0;
+        let mut orphans: BTreeMap<String, Arc<Frontend>> = BTreeMap::new();
+        loop {
+            let part = parts
+                .recv()
+                .await
+                .ok_or_else(|| Error::HandOver("the predecessor stopped half way".into()))?;
+            match (handover::read(part).map_err(Error::HandOver)?, opened.take()) {
+                (Said::Frontends(frontends), Some(opened)) => {
+                    self.remembered = frontends;
+                    self.apply(config, opened).map_err(Error::Config)?;
+                }
+                (Said::Sessions(sessions), None) => {
+                    let mut moved: Vec<Vec<_>> = (0..self.threads.count()).map(|_| Vec::new()).collect();
+                    let count = moved.len();
+                    for session in sessions {
+                        let frontend = self.frontends.get(session.frontend()).cloned().unwrap_or_else(|| {
+                            orphans
+                                .entry(session.frontend().to_owned())
+                                .or_insert_with(|| self.orphan(session.frontend()))
+                                .clone()
+                        });
+                        if let Some(dealt) = moved.get_mut(thread % count) {
+                            dealt.push(session.of(frontend));
+                        }
+                        thread += 1;
+                    }
+                    for (thread, sessions) in moved.into_iter().enumerate().filter(|(_, some)| !some.is_empty()) {
+                        self.threads.tell(thread, Order::Adopt(sessions));
+                    }
+                }
+                (Said::End, None) => break,
+                _ => return Err(Error::HandOver("the predecessor's parts are out of order".into())),
+            }
+        }
+        tracing::info!(sessions = thread, "taken over");
+        let _ = ready.send(());
+        committed
+            .await
+            .map_err(|_| Error::HandOver("the predecessor did not commit".into()))
+    }
+
+    /// A frontend that is not configured any more and whose sessions go on.
+    fn orphan(&self, name: &str) -> Arc<Frontend> {
+        let config = crate::config::Frontend::bare(name);
+        Arc::new(Frontend::new(
+            &config,
+            self.seed,
+            self.threads.clone(),
+            self.changed.clone(),
+            clock::now(),
+        ))
     }
 
     fn command(&mut self, command: Command) {
@@ -190,7 +321,6 @@ impl Service {
                     let _ = reply.send(());
                 }
             }
-            // Dropping both ends refuses.
             Command::HandOver { .. } | Command::Stop { .. } => {}
         }
     }
@@ -313,7 +443,12 @@ impl Service {
             .filter_map(|name| self.frontends.get(name).cloned())
             .collect();
         let allow = config.health_allow.iter().map(|at| at.value).collect();
-        self.view.store(Arc::new(healthz::View { frontends, allow }));
+        let backend = config.health_backend.as_ref().map(|at| at.value.clone());
+        self.view.store(Arc::new(healthz::View {
+            frontends,
+            allow,
+            backend,
+        }));
         self.health.retain(|address, token| {
             let wanted = config.health.iter().any(|at| at.value == *address);
             if !wanted {
@@ -464,14 +599,16 @@ impl Service {
         self.order.iter().filter_map(|name| self.frontends.get(name))
     }
 
-    fn remember(&mut self) {
-        let Some(file) = &mut self.memory else { return };
-        let now = clock::now();
-        let frontends = self
-            .frontends
+    fn memories(&self, now: Moment) -> BTreeMap<String, Memory> {
+        self.frontends
             .iter()
             .map(|(name, frontend)| (name.clone(), frontend.memory(now)))
-            .collect();
+            .collect()
+    }
+
+    fn remember(&mut self) {
+        let frontends = self.memories(clock::now());
+        let Some(file) = &mut self.memory else { return };
         match serde_json::to_vec(&Snapshot {
             version: SNAPSHOT_VERSION,
             frontends,

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     sync::OnceLock,
     time::Duration,
@@ -173,11 +173,11 @@ pub(crate) fn number(socket: &OwnedFd) -> RawFd {
     socket.as_raw_fd()
 }
 
-/// The source of an accepted connection without its port; an IPv4-mapped address as the IPv4 address it is.
-pub(crate) fn source(address: Option<rustix::net::SocketAddrAny>) -> IpAddr {
+/// The source of an accepted connection; an IPv4-mapped address as the IPv4 address it is.
+pub(crate) fn source(address: Option<rustix::net::SocketAddrAny>) -> SocketAddr {
     address
         .and_then(|any| SocketAddr::try_from(any).ok())
-        .map_or(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED), |address| {
-            address.ip().to_canonical()
+        .map_or(SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), 0), |address| {
+            SocketAddr::new(address.ip().to_canonical(), address.port())
         })
 }
