@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use crate::build::Build;
+
 /// Version of every JSON shape below; a change that breaks a reader raises it.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -64,6 +66,13 @@ pub enum Ask {
     },
     /// `GET /metrics`: Prometheus text (asked by the `web` worker too).
     Metrics,
+    /// `POST /v1/upgrade`: go on with another program; answered when it was found good, before anything is done.
+    Upgrade {
+        /// The program.
+        binary: std::path::PathBuf,
+        /// Only find out whether it could.
+        dry_run: bool,
+    },
 }
 
 /// What an [`Ask`] gets. It goes over the socket as the value inside, not as this enum: each route has one type.
@@ -87,6 +96,8 @@ pub enum Answer {
         /// Prometheus text format 0.0.4.
         text: String,
     },
+    /// To [`Ask::Upgrade`].
+    Upgrade(Box<Upgrade>),
 }
 
 /// Why an [`Ask`] was not done.
@@ -103,6 +114,9 @@ pub struct Refusal {
 pub struct Status {
     /// Version of the daemon.
     pub version: String,
+    /// First digits of its build id.
+    #[serde(default)]
+    pub build: String,
     /// Process id of the supervisor.
     pub pid: u32,
     /// Seconds since the daemon started.
@@ -113,6 +127,48 @@ pub struct Status {
     pub workers: Vec<WorkerStatus>,
     /// The balancer; `None` while its worker does not answer.
     pub lb: Option<lb::status::Status>,
+    /// The upgrade that is under way, or the last one since the daemon started.
+    #[serde(default)]
+    pub upgrade: Option<Upgrade>,
+}
+
+/// An upgrade: what was wanted, how far it is, how it ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// Counts up from 1 since the daemon started.
+    pub number: u64,
+    /// How far it is.
+    pub state: UpgradeState,
+    /// When it began, RFC 3339, UTC.
+    pub at: String,
+    /// Who wanted it: a user name or `uid N`.
+    pub author: String,
+    /// The program.
+    pub binary: String,
+    /// What ran before.
+    pub from: Build,
+    /// What was to run.
+    pub to: Build,
+    /// What is being done, or was done last: `checked`, `taking over`, `handing lb over`.
+    pub step: String,
+    /// Why it failed, what goes on, and what to do; or what was lost although it was done.
+    pub message: Option<String>,
+    /// Milliseconds from the check to the end, or until now.
+    pub took_ms: u64,
+}
+
+/// How far an upgrade is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpgradeState {
+    /// The program can take over; that was all that was asked.
+    Checked,
+    /// Under way.
+    Running,
+    /// Every process runs the new program.
+    Done,
+    /// Not every process does, and `message` says which.
+    Failed,
 }
 
 /// The configuration in effect.
@@ -137,6 +193,12 @@ pub struct WorkerStatus {
     pub role: String,
     /// Its process, while it runs.
     pub pid: Option<u32>,
+    /// Version of the program it runs.
+    #[serde(default)]
+    pub version: Option<String>,
+    /// First digits of that program's build id.
+    #[serde(default)]
+    pub build: Option<String>,
     /// `starting`, `running`, `waiting` (to be started again).
     pub state: String,
     /// Seconds since it was last started.

@@ -147,6 +147,11 @@ impl Channel {
         }
     }
 
+    /// The socket, for whoever goes on with it between two messages.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// The next message and its descriptors in the order they were sent; `None` when the other side has ended.
     ///
     /// Not cancel-safe: give it a task of its own.
@@ -155,19 +160,47 @@ impl Channel {
     ///
     /// [`Error`]; the channel must not be used any more.
     pub async fn receive<M: DeserializeOwned>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, Error> {
+        let received = self.receive_unless(std::future::pending()).await?;
+        Ok(received.flatten())
+    }
+
+    /// As [`Channel::receive`]; `None` if `stop` came before the next message. A message that has begun is received whole,
+    /// so that whoever goes on with the socket finds the beginning of one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Channel::receive`].
+    #[allow(clippy::type_complexity, reason = "an end is not a stop")]
+    pub async fn receive_unless<M: DeserializeOwned>(
+        &self,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Option<Option<(M, Vec<OwnedFd>)>>, Error> {
+        let mut stop = std::pin::pin!(stop);
         let mut assembly = Assembly::default();
+        let mut first = true;
         let mut descriptors = Vec::new();
         let mut buffer = vec![0; CHUNK + 1];
         loop {
             let before = descriptors.len();
             let packet =
                 |socket: &OwnedFd| receive_packet(socket, &mut buffer, self.most_descriptors, &mut descriptors);
-            let bytes = self.socket.async_io(Interest::READABLE, packet).await??;
+            let received = self.socket.async_io(Interest::READABLE, packet);
+            let bytes = if first {
+                tokio::select! {
+                    biased;
+                    () = stop.as_mut() => return Ok(None),
+                    // Takes the packet in the moment it is ready, or nothing.
+                    bytes = received => bytes??,
+                }
+            } else {
+                received.await??
+            };
+            first = false;
             let packet = buffer.get(..bytes).unwrap_or_default();
             match assembly.push(packet, descriptors.len() > before)? {
                 Step::More => {}
-                Step::Message(json) => return Ok(Some((serde_json::from_slice(&json)?, descriptors))),
-                Step::End => return Ok(None),
+                Step::Message(json) => return Ok(Some(Some((serde_json::from_slice(&json)?, descriptors)))),
+                Step::End => return Ok(Some(None)),
             }
         }
     }
@@ -332,6 +365,31 @@ mod tests {
         assert_eq!(first.expect("good").expect("a message").0, ["last words"]);
         let end: Received = b.receive().await;
         assert!(end.expect("good").is_none());
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_reader_that_is_stopped_takes_nothing_and_leaves_no_message_half_read() {
+        let (a, b) = channels(0);
+        a.send(&vec!["for the next reader"], &[]).await.expect("sent");
+        let stopped = b.receive_unless::<Vec<String>>(std::future::ready(())).await;
+        assert!(stopped.expect("good").is_none());
+        let next: Received = b.receive().await;
+        assert_eq!(next.expect("good").expect("a message").0, ["for the next reader"]);
+        // The first packet is here, the second one comes after the stop.
+        raw(&a, b"\x01[\"begun", &[]);
+        let (stop, stops) = tokio::sync::oneshot::channel::<()>();
+        let reading = b.receive_unless::<Vec<String>>(async { drop(stops.await) });
+        let sending = async {
+            tokio::task::yield_now().await;
+            stop.send(()).expect("it reads");
+            tokio::task::yield_now().await;
+            raw(&a, b"\x00 and ended\"]", &[]);
+        };
+        let (read, ()) = tokio::join!(reading, sending);
+        assert_eq!(
+            read.expect("good").expect("not stopped").expect("a message").0,
+            ["begun and ended"]
+        );
     }
 
     #[tokio::test(flavor = "current_thread")]

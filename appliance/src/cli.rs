@@ -9,6 +9,7 @@ mod config;
 mod lb;
 pub(crate) mod out;
 mod status;
+mod upgrade;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
@@ -99,6 +100,18 @@ enum Command {
         /// The state directory
         #[arg(long, value_name = "DIR", default_value = "/var/lib/edged")]
         state: PathBuf,
+    },
+    /// Goes on with another edged program: no session is cut, nobody is refused
+    #[command(
+        after_help = "The supervisor becomes the new program under its process id, then each worker hands over to a new one. Whatever\nfails on the way leaves the old one serving; the message says what goes on. Install the program first, so that the\nnext start of the unit uses it too.\n\nExit codes: 0 everything runs the new program, 1 not everything does, 2 the program was refused.\n\nExamples:\n  sudo edgectl upgrade /usr/bin/edged\n  sudo edgectl upgrade --dry-run /opt/edged-next/edged      only find out whether it could"
+    )]
+    Upgrade {
+        /// The program edged, as edged itself sees it
+        #[arg(value_name = "BINARY")]
+        binary: PathBuf,
+        /// Only find out whether it could take over
+        #[arg(long)]
+        dry_run: bool,
     },
     /// A completion script for a shell, on stdout
     #[command(
@@ -291,6 +304,7 @@ async fn run(command: Command, client: &Client, out: Out) -> Result<u8, Fail> {
         Command::Doctor { pre, config, state } => {
             doctor::run(client, out, &doctor::Options { pre, config, state }).await
         }
+        Command::Upgrade { binary, dry_run } => upgrade::run(client, out, &binary, dry_run).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Edgectl::command(), "edgectl", &mut script);

@@ -25,6 +25,8 @@ use crate::{
 
 /// For one request, from connect to the last byte of the answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// Waits before a question whose answer broke off is asked again: a daemon that is being upgraded takes it up at once.
+const AGAIN: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +93,7 @@ impl Client {
     ///
     /// [`ClientError`]
     pub async fn get(&self, path: &str) -> Result<Value, ClientError> {
-        let body = self.request(Method::GET, path, Bytes::new()).await?;
+        let body = self.read(path).await?;
         serde_json::from_slice(&body).map_err(|error| ClientError::Foreign(error.to_string()))
     }
 
@@ -101,7 +103,7 @@ impl Client {
     ///
     /// [`ClientError`]
     pub async fn get_text(&self, path: &str) -> Result<String, ClientError> {
-        let body = self.request(Method::GET, path, Bytes::new()).await?;
+        let body = self.read(path).await?;
         String::from_utf8(body.into()).map_err(|error| ClientError::Foreign(error.to_string()))
     }
 
@@ -114,6 +116,17 @@ impl Client {
         let body = serde_json::to_vec(body).map_err(|error| ClientError::Foreign(error.to_string()))?;
         let body = self.request(Method::POST, path, body.into()).await?;
         serde_json::from_slice(&body).map_err(|error| ClientError::Foreign(error.to_string()))
+    }
+
+    /// A question may be asked twice, unlike a change.
+    async fn read(&self, path: &str) -> Result<Bytes, ClientError> {
+        for wait in AGAIN {
+            match self.request(Method::GET, path, Bytes::new()).await {
+                Err(ClientError::Broken(_)) => tokio::time::sleep(wait).await,
+                answer => return answer,
+            }
+        }
+        self.request(Method::GET, path, Bytes::new()).await
     }
 
     async fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {

@@ -49,7 +49,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(9);
 pub enum Role {
     /// Look: status, configuration, metrics.
     Read,
-    /// Change what runs: apply, confirm, roll back, drain.
+    /// Change what runs: apply, confirm, roll back, drain, upgrade.
     Operate,
     /// Everything.
     Admin,
@@ -324,6 +324,7 @@ fn body(answer: Answer) -> Result<(&'static str, String), Failure> {
         Answer::Lb(answer) => versioned(&answer),
         Answer::Config(config) => versioned(&config),
         Answer::Applied(applied) => versioned(&applied),
+        Answer::Upgrade(upgrade) => versioned(&upgrade),
         Answer::History { revisions } => versioned(&json!({ "revisions": revisions })),
         Answer::Metrics { text } => return Ok((crate::metrics::CONTENT_TYPE, text)),
     };
@@ -364,6 +365,17 @@ pub struct Rollback {
     pub revision: Option<u64>,
 }
 
+/// Body of `POST /v1/upgrade`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upgrade {
+    /// The program, from the root.
+    pub binary: std::path::PathBuf,
+    /// Only find out whether it could take over.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
 async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
     let (head, body) = request.into_parts();
     let get = head.method == Method::GET;
@@ -392,13 +404,17 @@ async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
         "/v1/config/rollback" if post => Ask::ConfigRollback {
             revision: json_body::<Rollback>(body).await?.revision,
         },
+        "/v1/upgrade" if post => {
+            let Upgrade { binary, dry_run } = json_body(body).await?;
+            Ask::Upgrade { binary, dry_run }
+        }
         "/v1/status" | "/v1/config" | "/v1/config/history" | "/metrics" => {
             return Err(Failure::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "this path is read with GET",
             ));
         }
-        "/v1/lb" | "/v1/config/apply" | "/v1/config/confirm" | "/v1/config/rollback" => {
+        "/v1/lb" | "/v1/config/apply" | "/v1/config/confirm" | "/v1/config/rollback" | "/v1/upgrade" => {
             return Err(Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes POST"));
         }
         _ => {
@@ -461,7 +477,8 @@ fn allowed(ask: &Ask, role: Role, author: &Author) -> Result<(), Failure> {
         }
         | Ask::ConfigApply { .. }
         | Ask::ConfigConfirm
-        | Ask::ConfigRollback { .. } => Role::Operate,
+        | Ask::ConfigRollback { .. }
+        | Ask::Upgrade { .. } => Role::Operate,
     };
     if role >= needed {
         return Ok(());

@@ -1,12 +1,14 @@
 //! The appliance: `edged` (supervisor and workers) and `edgectl`.
 
 pub mod api;
+pub mod build;
 pub mod channel;
 pub mod cli;
 pub mod client;
 pub mod config;
 pub mod control;
 pub mod doctor;
+pub mod handover;
 pub mod log;
 pub mod metrics;
 pub mod node;

@@ -79,6 +79,21 @@ pub fn environment() -> Environment {
     }
 }
 
+impl Environment {
+    /// The variables that another program in this process's place has to find again.
+    pub fn variables(&self) -> Vec<(&'static str, OsString)> {
+        let variables = [
+            ("NOTIFY_SOCKET", &self.socket),
+            ("WATCHDOG_USEC", &self.watchdog_usec),
+            ("WATCHDOG_PID", &self.watchdog_pid),
+        ];
+        let set = variables
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value.clone()?)));
+        set.collect()
+    }
+}
+
 impl Notify {
     /// The way to the manager that `environment` names.
     pub fn new(environment: &Environment) -> Self {

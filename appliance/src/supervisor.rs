@@ -6,6 +6,7 @@
 //!   change    one configuration at a time: load -> open -> workers -> store -> in effect   (change.rs, opening.rs)
 //!   keepers   one per worker: start, talk, heartbeat, start again                            (keeper.rs)
 //!   vault     the store, on a thread of its own                                              (vault.rs)
+//!   upgrade   another program in the place of this one, and then of each worker              (upgrade.rs)
 //! ```
 
 mod boot;
@@ -14,21 +15,27 @@ mod keeper;
 mod memory;
 mod opening;
 mod socket;
+mod upgrade;
 mod vault;
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use tokio::{
+    net::UnixListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot},
+    task::JoinHandle,
 };
 
+pub use self::upgrade::{ARGUMENT, PROBE, answer_probe, take_over};
 use self::{
     boot::{Booted, Failure},
     change::{Now, Origin},
@@ -36,8 +43,8 @@ use self::{
     vault::Vault,
 };
 use crate::{
-    api::{Answer, Ask, Author, ConfigStatus, ConfigText, Op, Refusal, Status},
-    config, control, log, metrics,
+    api::{Answer, Ask, Author, ConfigStatus, ConfigText, Op, Refusal, Status, Upgrade},
+    build, config, control, log, metrics,
     notify::{Environment, Notify},
     worker::Role,
 };
@@ -62,6 +69,8 @@ pub struct Options {
 /// Everything that the tasks of the supervisor share.
 struct House {
     options: Options,
+    /// What the manager passed, for a program that takes this one's place.
+    environment: Arc<Environment>,
     started: Instant,
     notify: Notify,
     vault: Arc<Vault>,
@@ -72,13 +81,65 @@ struct House {
     /// Threads of the balancer, as they were at start.
     threads: u16,
     ops: mpsc::Sender<Op>,
-    state: Option<Arc<std::os::fd::OwnedFd>>,
+    state: Option<Arc<OwnedFd>>,
+    /// Keeps a second instance out.
+    lock: File,
+    control: Control,
+    /// Held for reading while a question is answered.
+    gate: tokio::sync::RwLock<()>,
+    /// The upgrade under way, or the last one.
+    upgrade: Mutex<Option<Upgrade>>,
+    /// Held while one is under way.
+    upgrading: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// The control socket, which is served in a task that can be stopped without closing it.
+struct Control {
+    listener: OwnedFd,
+    path: PathBuf,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Control {
+    const fn new(listener: OwnedFd, path: PathBuf) -> Self {
+        Self {
+            listener,
+            path,
+            task: Mutex::new(None),
+        }
+    }
+
+    /// Accepts from now on.
+    fn serve(&self, ops: &mpsc::Sender<Op>) -> std::io::Result<()> {
+        let listener = std::os::unix::net::UnixListener::from(self.listener.try_clone()?);
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        *lock(&self.task) = Some(tokio::spawn(control::serve(listener, ops.clone())));
+        Ok(())
+    }
+
+    /// Accepts no more; who connects waits. Connections that are there stay.
+    fn pause(&self) {
+        if let Some(task) = lock(&self.task).take() {
+            task.abort();
+        }
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
 }
 
 /// Runs the daemon to its end.
 pub fn main(options: Options, environment: Environment) -> ExitCode {
     end_on_panic();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match runtime() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!(
@@ -88,8 +149,7 @@ pub fn main(options: Options, environment: Environment) -> ExitCode {
         }
     };
     let ended = runtime.block_on(run(options, environment));
-    // A request to the disk that hangs must not keep the process.
-    runtime.shutdown_timeout(Duration::from_millis(100));
+    boot::end_runtime(runtime);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -97,6 +157,11 @@ pub fn main(options: Options, environment: Environment) -> ExitCode {
             ExitCode::from(if failure.config { 2 } else { 1 })
         }
     }
+}
+
+/// One thread, the main one: workers and successors of this program depend on it.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Checks the configuration file as a start would; prints what is wrong, or that nothing is.
@@ -126,19 +191,17 @@ pub fn check(options: &Options) -> ExitCode {
 }
 
 async fn run(options: Options, mut environment: Environment) -> Result<(), Failure> {
-    let mut signals = Signals::new().map_err(|error| Failure::not(format!("signals cannot be received: {error}")))?;
-    let notify = Notify::new(&environment);
-    let (ops, mut asked) = mpsc::channel(64);
-    let booted = boot::boot(&options, notify, std::mem::take(&mut environment.descriptors), ops).await?;
-    let Booted {
-        house,
-        control,
-        socket,
-        lock: _lock,
-        ready,
-    } = booted;
-    tokio::spawn(control::serve(control, house.ops.clone()));
-    let mut first = tokio::spawn(boot::finish(Arc::clone(&house), ready));
+    let signals = Signals::new().map_err(|error| Failure::not(format!("signals cannot be received: {error}")))?;
+    let (ops, asked) = mpsc::channel(64);
+    let descriptors = std::mem::take(&mut environment.descriptors);
+    let Booted { house, ready } = boot::boot(&options, environment, descriptors, ops).await?;
+    let first = tokio::spawn(boot::finish(Arc::clone(&house), ready));
+    serve(house, asked, signals, first).await;
+    Ok(())
+}
+
+/// The main loop, up to the end of the daemon. `first` is what is still to be done after the start.
+async fn serve(house: Arc<House>, mut asked: mpsc::Receiver<Op>, mut signals: Signals, mut first: JoinHandle<()>) {
     let mut starting = true;
     let mut watchdog = tokio::time::interval(
         house
@@ -156,8 +219,7 @@ async fn run(options: Options, mut environment: Environment) -> Result<(), Failu
                 Told::Reload => drop(tokio::spawn(Arc::clone(&house).reload_file())),
                 Told::Stop(name) => {
                     stop(&house, name, &mut signals).await;
-                    socket::remove(&socket);
-                    return Ok(());
+                    return socket::remove(house.control.path());
                 }
             },
         }
@@ -192,8 +254,20 @@ async fn stop(house: &Arc<House>, signal: &'static str, signals: &mut Signals) {
 /// Does one thing that was asked, and answers.
 async fn answer(house: Arc<House>, op: Op) {
     let Op { ask, author, reply } = op;
-    let result = house.answer(ask, &author).await;
     // Who asked may have gone.
+    if let Ask::Upgrade { binary, dry_run } = ask {
+        let (result, ordered) = match house.consider(binary, dry_run, &author).await {
+            Ok((upgrade, ordered)) => (Ok(Answer::Upgrade(Box::new(upgrade))), ordered),
+            Err(refusal) => (Err(refusal), None),
+        };
+        let _ = reply.send(result);
+        if let Some(ordered) = ordered {
+            house.go(ordered).await;
+        }
+        return;
+    }
+    let _asking = house.gate.read().await;
+    let result = house.answer(ask, &author).await;
     let _ = reply.send(result);
 }
 
@@ -205,12 +279,15 @@ impl House {
                 text: metrics::render(&self.status().await),
             }),
             Ask::Lb { request } => {
-                if matches!(
+                let changes = matches!(
                     request,
                     lb::status::Request::Drain { .. } | lb::status::Request::Undrain { .. }
-                ) {
+                );
+                if changes {
                     tracing::info!(author = name(author), ?request, "asked for");
                 }
+                // A balancer that is being handed over would keep it in one place and forget it in the other.
+                let _one_at_a_time = if changes { Some(self.change.lock().await) } else { None };
                 let keeper = lock(&self.workers).get(&Role::Lb).cloned();
                 let answer = match keeper {
                     Some(keeper) => keeper.ask(request).await,
@@ -249,6 +326,7 @@ impl House {
                     .map(Answer::Applied)
             }
             Ask::ConfigConfirm => self.confirm(&name(author)).await.map(Answer::Applied),
+            Ask::Upgrade { .. } => Err(could_not("an upgrade is no question")),
             Ask::ConfigRollback { revision } => self.roll_back(revision, name(author)).await.map(Answer::Applied),
         }
     }
@@ -267,9 +345,12 @@ impl House {
             _ => None,
         });
         let file = opening::read_config(&self.options.config).ok();
+        let own = build::own();
+        let upgrade = lock(&self.upgrade).clone();
         let now = lock(&self.now);
         Status {
-            version: env!("CARGO_PKG_VERSION").into(),
+            version: own.version,
+            build: own.build,
             pid: std::process::id(),
             uptime_seconds: self.started.elapsed().as_secs(),
             config: ConfigStatus {
@@ -281,6 +362,7 @@ impl House {
             },
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
+            upgrade,
         }
     }
 }

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 
 use self::message::{FromWorker, Service, Start, ToWorker};
 use crate::{
+    build,
     channel::{self, Channel},
     config, log, sandbox,
 };
@@ -90,6 +91,8 @@ pub fn main(role: Option<&str>) -> ExitCode {
 fn prepare(role: Role) -> anyhow::Result<(tokio::runtime::Runtime, OwnedFd)> {
     abort_on_panic(role.name());
     ignore_signals();
+    // While there is a filesystem to read it from.
+    let _ = build::own();
     // A descriptor above the standard ones: what is standard may be replaced by libraries.
     let channel = std::io::stdin()
         .as_fd()

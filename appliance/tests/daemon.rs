@@ -193,6 +193,41 @@ fn an_unconfirmed_configuration_is_taken_back() {
 }
 
 #[test]
+fn an_upgrade_is_a_reload_to_the_manager_and_a_restart_to_nobody() {
+    let edge = Edge::start("upgrade");
+    let before = edge.status();
+    let (stored, readies) = (edge.manager.stored(edge.frontend), edge.manager.count("READY=1"));
+    let clients = Clients::start(edge.frontend);
+    let (status, said) = edge.edgectl(&["upgrade", env!("CARGO_BIN_EXE_edged")]);
+    assert!(status.success(), "{said}");
+    edge.until("the manager hears that it is over", || {
+        (edge.manager.count("READY=1") > readies && edge.manager.last_state() == "READY=1").then_some(())
+    });
+    let (connected, refused) = clients.stop();
+    assert!(connected > 0, "{connected}");
+    assert_eq!(refused, 0);
+    let after = edge.status();
+    assert_eq!(after["pid"], before["pid"]);
+    assert_eq!(after["upgrade"]["state"], "done", "{after}");
+    assert_eq!(after["config"]["revision"], before["config"]["revision"]);
+    assert_eq!(edge.manager.count("RELOADING=1"), 1);
+    assert_eq!(edge.manager.stored(edge.frontend), stored, "nothing was stored twice");
+    // The lock outlives it, too, and signals are still heard.
+    let output = edge.command().output().expect("ran");
+    assert_eq!(output.status.code(), Some(1), "a second instance");
+    let signs = edge.manager.count("WATCHDOG=1");
+    edge.until("it goes on showing signs of life", || {
+        (edge.manager.count("WATCHDOG=1") > signs).then_some(())
+    });
+    edge.signal(edge.child.id(), Signal::HUP);
+    edge.until("a reload is heard", || {
+        (edge.manager.count("RELOADING=1") == 2).then_some(())
+    });
+    edge.until("and done", || (edge.manager.last_state() == "READY=1").then_some(()));
+    edge.end();
+}
+
+#[test]
 fn a_second_instance_is_refused_and_disturbs_nothing() {
     let edge = Edge::start("second");
     let output = edge.command().output().expect("ran");

@@ -147,6 +147,25 @@ fn answer(ask: Ask, uid: u32) -> Result<Answer, Refusal> {
             }
         },
         Ask::ConfigConfirm => applied(false, None),
+        Ask::Upgrade { binary, dry_run } => {
+            if !binary.ends_with("edged") {
+                return Err(Refusal {
+                    message: format!(
+                        "{} does not answer as edged does; nothing was changed",
+                        binary.display()
+                    ),
+                    bad_request: true,
+                });
+            }
+            let state = if dry_run { "checked" } else { "running" };
+            let upgrade = serde_json::json!({
+                "number": 1, "state": state, "at": "2026-01-02T03:04:05Z", "author": "root", "binary": binary,
+                "from": { "version": "0.1.0", "build": "000000000000" },
+                "to": { "version": "0.2.0", "build": "0a1b2c3d4e5f" },
+                "step": "checked", "message": null, "took_ms": 12,
+            });
+            Answer::Upgrade(serde_json::from_value(upgrade).expect("an upgrade"))
+        }
         Ask::ConfigRollback { revision: Some(99) } => {
             return Err(Refusal {
                 message: "there is no revision 99; edgectl config history".into(),
@@ -703,4 +722,25 @@ fn more_than_64_connections_are_turned_away_with_a_reason() {
     while !daemon.run(&["status"]).status.success() {
         assert!(Instant::now() < deadline, "places become free");
     }
+}
+
+#[test]
+fn upgrade_tells_whether_a_program_could_take_over_and_refuses_with_the_reason() {
+    let daemon = Daemon::start("upgrade");
+    let output = daemon.run(&["upgrade", "--dry-run", "/opt/next/edged"]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert_eq!(
+        out(&output),
+        "0.2.0 (build 0a1b2c3d4e5f) can take over from 0.1.0 (build 000000000000): nothing was changed\n"
+    );
+    let said = json(&daemon.run(&["upgrade", "--dry-run", "relative/edged", "-o", "json"]));
+    assert_eq!(said["upgrade"]["state"], "checked");
+    let binary = said["upgrade"]["binary"].as_str().expect("a path");
+    assert!(
+        binary.starts_with('/') && binary.ends_with("/relative/edged"),
+        "{binary}"
+    );
+    let refused = daemon.run(&["upgrade", "/bin/true"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(err(&refused).contains("nothing was changed"), "{}", err(&refused));
 }

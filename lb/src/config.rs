@@ -261,7 +261,7 @@ pub struct Health {
     /// stay as long as they are. Default: 60s, or `fail_timeout` if that is longer.
     #[serde(default)]
     pub max_ban: Option<At<Span>>,
-    /// How long a backend that comes back takes to get its full share of the connections; or "none". Default: 30s,
+    /// How long a backend that was out and comes back takes to get its full share of the connections; or "none". Default: 30s,
     /// "none" with nginx's profiles.
     #[serde(default)]
     pub slow_start: Option<At<Timeout>>,

@@ -161,6 +161,8 @@ struct Endpoint {
     shed_at: Option<Moment>,
     /// Sessions shed since `shed_at`.
     shed_since: u64,
+    /// It was banned, down or drained and has not been healthy since.
+    away: bool,
     /// When it came back, until its slow start is over.
     returned: Option<Moment>,
     counters: Counters,
@@ -996,6 +998,7 @@ impl Endpoint {
             slow_at: None,
             shed_at: None,
             shed_since: 0,
+            away: false,
             returned: None,
             counters: Counters::default(),
         }
@@ -1061,8 +1064,13 @@ impl Endpoint {
     fn settle(&mut self, settings: &Settings, now: Moment) {
         let state = self.state_at(&settings.terms(), now);
         if state != self.state {
-            if state == State::Healthy {
-                self.returned = settings.slow_start.map(|_| now);
+            match state {
+                State::Healthy if std::mem::take(&mut self.away) => {
+                    self.returned = settings.slow_start.map(|_| now);
+                }
+                State::Drained | State::Down | State::Banned | State::Probing => self.away = true,
+                // On the way back, or a moment's wish: neither makes nor ends an absence.
+                State::NotReady | State::Unresolved | State::Healthy => {}
             }
             self.state = state;
             self.since = now;
@@ -2337,9 +2345,28 @@ mod tests {
         lab.connect(2, 1.0);
         lab.check(2, CheckOutcome::Good, 1.0);
         assert_eq!(lab.status(2, 1.0).slow_start_remaining, None);
+        // It was alive all the time, and kept its sessions.
+        lab.check(2, CheckOutcome::NotReady("answers 500".into()), 1.0);
+        lab.check(2, CheckOutcome::Good, 2.0);
+        assert_eq!(lab.status(2, 2.0).slow_start_remaining, None);
         let mut heir = Lab::with(3, growing());
         heir.pool.restore(&lab.pool.snapshot(at(2.0)), at(2.0));
         assert_eq!(heir.status(2, 2.0).slow_start_remaining, None);
+    }
+
+    #[test]
+    fn a_server_that_was_down_and_is_not_ready_at_first_starts_slowly_when_it_is() {
+        let mut lab = Lab::with(2, growing());
+        lab.down(0, 0.0);
+        for second in [10.0, 12.0] {
+            lab.check(0, CheckOutcome::NotReady("answers 500".into()), second);
+        }
+        assert_eq!(
+            (lab.state(0, 12.0), lab.status(0, 12.0).slow_start_remaining),
+            (State::NotReady, None)
+        );
+        lab.check(0, CheckOutcome::Good, 14.0);
+        assert_eq!(lab.status(0, 14.0).slow_start_remaining, Some(30));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::{
     fs,
     io::Read,
     net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Mutex,
@@ -234,6 +235,30 @@ impl Edge {
         serde_json::from_str(&said.out).with_context(|| format!("edgectl {arguments:?}: {said}"))
     }
 
+    /// `edgectl upgrade` to `binary`.
+    ///
+    /// # Errors
+    ///
+    /// If `edgectl` cannot be run.
+    pub fn upgrade(&self, binary: &Path) -> Result<Said> {
+        self.ctl(&["upgrade", &binary.display().to_string()])
+    }
+
+    /// The build that every process of the daemon runs, the supervisor first, and the workers by their role.
+    ///
+    /// # Errors
+    ///
+    /// As [`Edge::json`].
+    pub fn builds(&self) -> Result<Vec<(String, String)>> {
+        let status = self.status()?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let mut builds = vec![("edged".to_owned(), text(&status["build"]))];
+        for worker in self.workers()? {
+            builds.push((text(&worker["role"]), text(&worker["build"])));
+        }
+        Ok(builds)
+    }
+
     /// `edgectl status`.
     ///
     /// # Errors
@@ -380,6 +405,23 @@ impl Drop for Edge {
             let _ = process.stop(Duration::from_secs(3));
         }
     }
+}
+
+/// A copy of the program `from` at `to` that is another build: the same code with other bytes in its GNU build id.
+///
+/// # Errors
+///
+/// If it has no build id or the copy cannot be written.
+pub fn other_build(from: &Path, to: &Path) -> Result<PathBuf> {
+    // The head of the note (elf(5)): length of the name, length of the content, NT_GNU_BUILD_ID, name.
+    const HEAD: &[u8] = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+    let mut program = fs::read(from).with_context(|| from.display().to_string())?;
+    let head = program.windows(HEAD.len()).position(|bytes| bytes == HEAD);
+    let id = head.context("the program has no build id")? + HEAD.len();
+    program[id] = program[id].wrapping_add(1);
+    fs::write(to, program)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o755))?;
+    Ok(to.to_owned())
 }
 
 /// `edged` with `config`, which it is expected to refuse: what it said and how it ended.

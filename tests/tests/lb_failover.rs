@@ -22,8 +22,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// What a busy machine may add to a time that the kernel's clock decides.
 const SLACK: Duration = Duration::from_millis(400);
 const PATIENCE: Duration = Duration::from_secs(8);
-const KEYS: &str =
-    "kind = \"api\"\nconnect_timeout = \"1s\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"4s\"\n";
+/// Bans that do not grow, as the scenarios wait for several.
+const KEYS: &str = "kind = \"api\"\nconnect_timeout = \"1s\"\n[lb.frontend.health]\nmax_fails = 2\nfail_timeout = \"4s\"\nmax_ban = \"4s\"\n";
 
 #[test]
 fn a_backend_that_refuses_costs_no_client_an_error() -> Result<()> {

@@ -1,4 +1,5 @@
-//! `edged`: the supervisor, or with an internal first argument one of its workers.
+//! `edged`: the supervisor; or, by an internal first argument, one of its workers, or a supervisor that goes on where another
+//! program was.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -26,8 +27,13 @@ fn main() -> ExitCode {
     // First of all, while nothing is open but what was inherited.
     let environment = notify::environment();
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|first| first == worker::ARGUMENT) {
-        return worker::main(arguments.next().as_deref().and_then(|role| role.to_str()));
+    let (first, second) = (arguments.next(), arguments.next());
+    let second = second.as_deref().and_then(|second| second.to_str());
+    match first.as_deref().and_then(|first| first.to_str()) {
+        Some(worker::ARGUMENT) => return worker::main(second),
+        Some(supervisor::ARGUMENT) => return supervisor::take_over(second, environment),
+        Some(supervisor::PROBE) => return supervisor::answer_probe(),
+        _ => {}
     }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,

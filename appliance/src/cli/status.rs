@@ -63,10 +63,17 @@ pub(super) async fn version(client: &Client, out: Out) -> Result<u8, Fail> {
         .map_err(Fail::from)
         .and_then(|value| typed::<Status>(&value));
     if out.json {
-        let edged = running.ok().map(|status| status.version);
-        out.print_json(&json!({ "schema_version": SCHEMA_VERSION, "edgectl": own, "edged": edged }));
+        let running = running.ok();
+        let build = running.as_ref().map(|status| status.build.clone());
+        let edged = running.map(|status| status.version);
+        out.print_json(
+            &json!({ "schema_version": SCHEMA_VERSION, "edgectl": own, "edged": edged, "edged_build": build }),
+        );
     } else {
-        let edged = running.map_or_else(|_| "not reachable".to_owned(), |status| clean(&status.version));
+        let edged = running.map_or_else(
+            |_| "not reachable".to_owned(),
+            |status| program(Some(&status.version), Some(&status.build)),
+        );
         out.print(&format!("edgectl {own}\nedged   {edged}"));
     }
     Ok(0)
@@ -75,6 +82,15 @@ pub(super) async fn version(client: &Client, out: Out) -> Result<u8, Fail> {
 /// `value` as the type that its route answers with.
 pub(super) fn typed<T: DeserializeOwned>(value: &Value) -> Result<T, Fail> {
     T::deserialize(value).map_err(|error| ClientError::Foreign(error.to_string()).into())
+}
+
+/// `0.1.0 (build 0a1b2c3d4e5f)`; a release that does not tell its build is its version.
+fn program(version: Option<&str>, build: Option<&str>) -> String {
+    let version = clean(version.unwrap_or("-"));
+    match build {
+        Some(build) if !build.is_empty() => format!("{version} (build {})", clean(build)),
+        _ => version,
+    }
 }
 
 /// What is wrong with a frontend in a few words, and how bad it is.
@@ -107,13 +123,21 @@ fn render(status: &Status, out: Out) -> String {
     let mut text = format!(
         "{} {}, up {}, pid {}\n\n",
         out.ink(Ink::Bold, "edged"),
-        clean(&status.version),
+        program(Some(&status.version), Some(&status.build)),
         duration(status.uptime_seconds),
         status.pid
     );
     text.push_str(&badges(status, out));
-    let mut workers = Table::new(&["WORKER", "STATE", "PID", "UP", "RESTARTS", "LAST END"]);
+    if let Some(upgrade) = &status.upgrade {
+        text.push_str(&format!("upgrade  {}\n", super::upgrade::line(upgrade, out)));
+    }
+    let mut workers = Table::new(&["WORKER", "STATE", "PID", "UP", "RESTARTS", "LAST END", ""]);
+    let own = program(Some(&status.version), Some(&status.build));
     for worker in &status.workers {
+        // Whoever was not handed over runs what the others no longer do.
+        let runs = worker.build.as_deref();
+        let runs = runs.map(|build| program(worker.version.as_deref(), Some(build)));
+        let other = runs.filter(|runs| *runs != own);
         let ink = if worker.state == "running" { Ink::Good } else { Ink::Bad };
         workers.row([
             Cell::new(&worker.role),
@@ -122,6 +146,7 @@ fn render(status: &Status, out: Out) -> String {
             duration(worker.uptime_seconds).into(),
             worker.restarts.to_string().into(),
             worker.last_end.as_deref().unwrap_or("").into(),
+            other.map_or(Cell::new(""), |other| Cell::inked(other, Ink::Warn)),
         ]);
     }
     text.push('\n');

@@ -1,27 +1,25 @@
 //! From nothing to a running house: lock, store, configuration, descriptors, workers, ready.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::{DirBuilderExt, OpenOptionsExt},
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use tokio::{
-    net::UnixListener,
-    sync::{mpsc, oneshot},
-};
+use lb::io::Drain;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    House, Options, Ready,
+    Control, House, Options, Ready,
     change::Now,
-    keeper::{Keeper, Links},
+    keeper::{Keeper, Links, Running},
     lock, memory,
     opening::{self, Adopted, Sockets, Spec, adopt, read_config},
     socket,
@@ -29,9 +27,10 @@ use super::{
 };
 use crate::{
     api::Op,
+    build,
     config::{self, Loaded},
     log,
-    notify::{self, Notify},
+    notify::{self, Environment, Notify},
     worker::Role,
 };
 
@@ -58,10 +57,6 @@ impl Failure {
 /// What runs when the boot is done.
 pub(super) struct Booted {
     pub(super) house: Arc<House>,
-    pub(super) control: UnixListener,
-    pub(super) socket: PathBuf,
-    /// Keeps a second instance out.
-    pub(super) lock: File,
     pub(super) ready: Vec<Ready>,
 }
 
@@ -77,11 +72,12 @@ struct Chosen {
 /// Starts everything.
 pub(super) async fn boot(
     options: &Options,
-    notify: Notify,
+    environment: Environment,
     descriptors: Vec<(String, OwnedFd)>,
     ops: mpsc::Sender<Op>,
 ) -> Result<Booted, Failure> {
     let started = Instant::now();
+    let notify = Notify::new(&environment);
     raise_descriptor_limit();
     let lock = take_lock(&options.state)?;
     let vault = Arc::new(Vault::open(&options.state));
@@ -94,6 +90,7 @@ pub(super) async fn boot(
     }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
+        build = build::own().build,
         origin = loaded.origin,
         revision = chosen.revision,
         "starting"
@@ -103,7 +100,16 @@ pub(super) async fn boot(
     let threads = lb::threads(&loaded.config.lb, cores);
     let opened = opening::open(&loaded, threads, &adopted.sockets).map_err(Failure::not)?;
     let path = loaded.config.control.socket.value.clone();
-    let control = socket::bind(&path).map_err(|(message, help)| {
+    let control = socket::bind(&path).and_then(|control| {
+        let control = control.into_std().map(OwnedFd::from);
+        control.map_err(|error| {
+            (
+                format!("the control socket cannot be served: {error}"),
+                "start it again".to_owned(),
+            )
+        })
+    });
+    let control = control.map_err(|(message, help)| {
         let span = loaded.config.control.socket.span.clone();
         Failure::not(config::render(&loaded.text, &loaded.origin, span, &message, &help))
     })?;
@@ -113,6 +119,7 @@ pub(super) async fn boot(
     drop(adopted);
     let house = Arc::new(House {
         options: options.clone(),
+        environment: Arc::new(environment),
         started,
         notify,
         vault,
@@ -130,7 +137,14 @@ pub(super) async fn boot(
         threads,
         ops,
         state,
+        lock,
+        control: Control::new(control, path),
+        gate: tokio::sync::RwLock::default(),
+        upgrade: Mutex::default(),
+        upgrading: Arc::default(),
     });
+    let unserved = |error| Failure::not(format!("the control socket cannot be served: {error}"));
+    house.control.serve(&house.ops).map_err(unserved)?;
     let opened = Arc::clone(&super::lock(&house.now).opened);
     let mut ready = Vec::new();
     for role in [Role::Lb, Role::Web] {
@@ -138,13 +152,12 @@ pub(super) async fn boot(
             ready.push(house.start_worker(role, spec.clone()).await);
         }
     }
-    Ok(Booted {
-        house,
-        control,
-        socket: path,
-        lock,
-        ready,
-    })
+    Ok(Booted { house, ready })
+}
+
+/// The runtime's end. A request to the disk that hangs must not keep the process.
+pub(super) fn end_runtime(runtime: tokio::runtime::Runtime) {
+    runtime.shutdown_timeout(Duration::from_millis(100));
 }
 
 /// Waits for the workers, keeps the configuration of a first start, and tells the manager that everything runs.
@@ -195,15 +208,32 @@ impl House {
         } else {
             Default::default()
         };
-        let links = Links {
+        let links = self.links(drains);
+        let keeper = Keeper::start(role, spec, links, ready);
+        lock(&self.workers).insert(role, keeper);
+        is_ready
+    }
+
+    /// Goes on with a worker that runs on `spec`, without a keeper so far.
+    pub(super) fn adopt_worker(
+        &self,
+        role: Role,
+        spec: Spec,
+        running: Running,
+        drains: BTreeSet<Drain>,
+    ) -> io::Result<()> {
+        let keeper = Keeper::adopt(role, spec, self.links(drains), running)?;
+        lock(&self.workers).insert(role, keeper);
+        Ok(())
+    }
+
+    fn links(&self, drains: BTreeSet<Drain>) -> Links {
+        Links {
             vault: Arc::clone(&self.vault),
             ops: self.ops.clone(),
             state: self.state.clone(),
             drains,
-        };
-        let keeper = Keeper::start(role, spec, links, ready);
-        lock(&self.workers).insert(role, keeper);
-        is_ready
+        }
     }
 
     /// The line of `systemctl status`.

@@ -199,7 +199,7 @@ impl House {
         }
     }
 
-    fn revert_after(self: &Arc<Self>, time: Duration, generation: u64) {
+    pub(super) fn revert_after(self: &Arc<Self>, time: Duration, generation: u64) {
         tokio::spawn(Arc::clone(self).revert(time, generation));
     }
 
@@ -366,7 +366,7 @@ impl House {
     }
 
     /// Has the manager keep what is new in `to`.
-    fn store_sockets(&self, from: &Sockets, to: &Sockets) {
+    pub(super) fn store_sockets(&self, from: &Sockets, to: &Sockets) {
         for (address, copies) in to.iter().filter(|(address, _)| !from.contains_key(address)) {
             let copies: Vec<_> = copies.iter().map(|copy| copy.as_fd()).collect();
             self.notify.store(&notify::name_of(*address), &copies);
@@ -374,7 +374,7 @@ impl House {
     }
 
     /// Has the manager close what is no longer in `to`.
-    fn forget_sockets(&self, from: &Sockets, to: &Sockets) {
+    pub(super) fn forget_sockets(&self, from: &Sockets, to: &Sockets) {
         for address in from.keys().filter(|address| !to.contains_key(address)) {
             self.notify.remove(&notify::name_of(*address));
         }

@@ -2,12 +2,15 @@
 //!
 //! ```text
 //! starting -> running -> (ended | silent for 5 s: killed) -> waiting 0 to 5 s -> starting
+//!               |   \-> replaced: a successor starts beside it and takes over, or is ended again    (successor.rs)
+//!               \-> released: the process goes on without a keeper, until one adopts it
 //! ```
 //! The sockets stay open here, so that connections wait in the backlog while nobody accepts. A worker is believed
 //! nothing beyond its role: what makes no sense ends it.
 
 mod backoff;
 mod process;
+mod successor;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,10 +31,12 @@ use tokio::{
 use self::{
     backoff::Backoff,
     process::{Heard, Process},
+    successor::Successor,
 };
 use super::{opening::Spec, vault::Vault};
 use crate::{
     api::{self, Author, Op, WorkerStatus},
+    build::{self, Build},
     sandbox,
     worker::{
         Role,
@@ -87,6 +92,14 @@ enum Message {
         grace: Duration,
         done: oneshot::Sender<()>,
     },
+    /// Another process, of this program, in place of the one that runs.
+    Replace {
+        reply: oneshot::Sender<Result<(), String>>,
+    },
+    /// No more talk with it; it runs on.
+    Release {
+        reply: oneshot::Sender<Result<Running, String>>,
+    },
     /// Of the incarnation with this number only: a later one does not know the question.
     ToWorker {
         incarnation: u64,
@@ -99,9 +112,31 @@ enum Message {
     PageDone,
 }
 
+/// A worker without a keeper: all that another keeper needs to go on with it.
+#[derive(Debug)]
+pub(super) struct Running {
+    /// Its process, a child of this one.
+    pub(super) pid: u32,
+    /// The supervisor's end of its channel, between two messages in either direction.
+    pub(super) channel: OwnedFd,
+    /// Which program it is.
+    pub(super) build: Build,
+    /// Pings it was sent; it may still answer them.
+    pub(super) pings: u64,
+    /// Last number of a question.
+    pub(super) next: u64,
+    /// Since when it runs.
+    pub(super) since: Instant,
+    /// Times a worker of this role was started again.
+    pub(super) restarts: u64,
+    /// How the one before it ended.
+    pub(super) last_end: Option<String>,
+}
+
 /// What others may see.
 struct Seen {
     pid: Option<u32>,
+    build: Option<Build>,
     state: &'static str,
     since: Instant,
     restarts: u64,
@@ -121,6 +156,8 @@ struct Actor {
     incarnation: u64,
     pages: usize,
     stopped: Option<oneshot::Sender<()>>,
+    /// The process to begin with, if it runs already.
+    adopted: Option<(Process, mpsc::Receiver<Heard>, Life)>,
 }
 
 struct Reload {
@@ -139,17 +176,64 @@ struct Ended {
     killed: bool,
 }
 
+/// Why a talk with a worker is over.
+enum Over {
+    /// Its process has ended.
+    Ended,
+    /// It is to be ended, and why.
+    Because(String),
+    /// It runs on.
+    Released,
+}
+
 impl Keeper {
     /// Starts a worker and keeps it running. `ready` is told once, when it runs for the first time.
     pub(super) fn start(role: Role, spec: Spec, links: Links, ready: oneshot::Sender<()>) -> Self {
-        let (outbox, inbox) = mpsc::channel(64);
-        let seen = Arc::new(Mutex::new(Seen {
+        let seen = Seen {
             pid: None,
+            build: None,
             state: "starting",
             since: Instant::now(),
             restarts: 0,
             last_end: None,
-        }));
+        };
+        Self::spawn(role, spec, links, seen, Some(ready), None)
+    }
+
+    /// Goes on with a worker that runs on `spec`, and keeps it running.
+    ///
+    /// # Errors
+    ///
+    /// What keeps this process from watching it or talking with it; nothing was said to it then.
+    pub(super) fn adopt(role: Role, spec: Spec, links: Links, running: Running) -> std::io::Result<Self> {
+        let (process, heard) = Process::adopt(running.pid, running.channel)?;
+        let seen = Seen {
+            pid: Some(running.pid),
+            build: Some(running.build),
+            state: "running",
+            since: running.since,
+            restarts: running.restarts,
+            last_end: running.last_end,
+        };
+        let life = Life {
+            ready: true,
+            pings: running.pings,
+            next: running.next,
+            ..Life::default()
+        };
+        Ok(Self::spawn(role, spec, links, seen, None, Some((process, heard, life))))
+    }
+
+    fn spawn(
+        role: Role,
+        spec: Spec,
+        links: Links,
+        seen: Seen,
+        ready: Option<oneshot::Sender<()>>,
+        adopted: Option<(Process, mpsc::Receiver<Heard>, Life)>,
+    ) -> Self {
+        let (outbox, inbox) = mpsc::channel(64);
+        let seen = Arc::new(Mutex::new(seen));
         let actor = Actor {
             role,
             spec: Box::new(spec),
@@ -158,10 +242,11 @@ impl Keeper {
             inbox,
             outbox: outbox.clone(),
             seen: Arc::clone(&seen),
-            ready: Some(ready),
+            ready,
             incarnation: 0,
             pages: 0,
             stopped: None,
+            adopted,
         };
         tokio::spawn(actor.run());
         Self { inbox: outbox, seen }
@@ -196,12 +281,49 @@ impl Keeper {
         }
     }
 
+    /// Starts a process of this program beside the one that runs, and has it take over: from the balancer, with its
+    /// sessions. With an error the one that ran goes on.
+    pub(super) async fn replace(&self) -> Result<(), String> {
+        let (reply, replied) = oneshot::channel();
+        let gone = |_| "its keeper has ended".to_owned();
+        self.inbox
+            .send(Message::Replace { reply })
+            .await
+            .map_err(|_| gone(()))?;
+        // Dropped while there is no process to ask.
+        replied.await.map_err(|_| "it does not run".to_owned())?
+    }
+
+    /// Ends the keeper and leaves the process to whoever adopts it. With an error the keeper goes on.
+    pub(super) async fn release(&self) -> Result<Running, String> {
+        let (reply, replied) = oneshot::channel();
+        let gone = |_| "its keeper has ended".to_owned();
+        self.inbox
+            .send(Message::Release { reply })
+            .await
+            .map_err(|_| gone(()))?;
+        // Dropped while there is no process to ask.
+        replied.await.map_err(|_| "it does not run".to_owned())?
+    }
+
+    /// Whether the worker runs and answers.
+    pub(super) fn runs(&self) -> bool {
+        lock(&self.seen).state == "running"
+    }
+
+    /// The program the worker runs.
+    pub(super) fn build(&self) -> Option<Build> {
+        lock(&self.seen).build.clone()
+    }
+
     /// The worker at a glance.
     pub(super) fn status(&self, role: Role) -> WorkerStatus {
         let seen = lock(&self.seen);
         WorkerStatus {
             role: role.name().into(),
             pid: seen.pid,
+            version: seen.build.as_ref().map(|build| build.version.clone()),
+            build: seen.build.as_ref().map(|build| build.build.clone()),
             state: seen.state.into(),
             uptime_seconds: seen.since.elapsed().as_secs(),
             restarts: seen.restarts,
@@ -215,7 +337,8 @@ impl Actor {
         let mut backoff = Backoff::default();
         loop {
             let started = Instant::now();
-            let ended = self.live().await;
+            // Released: whoever adopts the process looks after it from here on.
+            let Some(ended) = self.live().await else { return };
             self.after(&ended);
             if self.stopped.is_some() {
                 break;
@@ -283,16 +406,71 @@ impl Actor {
                     Message::Drained { drain, set } => self.drained(drain, set),
                     Message::PageDone => self.pages = self.pages.saturating_sub(1),
                     // Dropping the way back is the answer.
-                    Message::Ask { .. } | Message::ToWorker { .. } => {}
+                    Message::Ask { .. } | Message::ToWorker { .. } | Message::Replace { .. } | Message::Release { .. } => {}
                 },
             }
         }
     }
 
-    /// One process from start to end.
-    async fn live(&mut self) -> Ended {
+    /// One process from start to end, with those that take over from it; `None` if it was released.
+    async fn live(&mut self) -> Option<Ended> {
+        let (mut process, mut heard, mut life) = match self.adopted.take() {
+            Some(adopted) => adopted,
+            None => match self.begin() {
+                Ok((process, heard)) => (process, heard, Life::default()),
+                Err(error) => {
+                    return Some(Ended {
+                        how: format!("could not be started: {error}"),
+                        ready: false,
+                        wanted: false,
+                        killed: false,
+                    });
+                }
+            },
+        };
+        let over = self.converse(&mut process, &mut heard, &mut life).await;
+        let why = match over {
+            Over::Released => {
+                process.leave();
+                return None;
+            }
+            Over::Because(why) => Some(why),
+            Over::Ended => None,
+        };
+        let (status, killed) = process.end().await;
+        let how = why.as_deref().unwrap_or(&status).to_owned();
+        if let Some((_, reload)) = life.reload {
+            let _ = reload
+                .reply
+                .send(Err(format!("worker {} ended meanwhile ({how})", self.role)));
+        }
+        if let Some(successor) = life.successor {
+            successor.fail(format!(
+                "the old one ended meanwhile ({how}), and both are started again"
+            ));
+        }
+        Some(Ended {
+            how,
+            ready: life.ready,
+            wanted: life.wanted,
+            killed,
+        })
+    }
+
+    /// Starts a process on what is wanted now.
+    fn begin(&mut self) -> std::io::Result<(Process, mpsc::Receiver<Heard>)> {
         self.incarnation += 1;
         self.look("starting", None);
+        lock(&self.seen).build = Some(build::own());
+        let (process, heard) = Process::start(self.role)?;
+        self.look("starting", Some(process.pid()));
+        let (start, descriptors) = self.start_message(None);
+        process.say(start, descriptors);
+        Ok((process, heard))
+    }
+
+    /// What a process is started with; `inherit` leads to its predecessor.
+    fn start_message(&self, inherit: Option<OwnedFd>) -> (ToWorker, Vec<Arc<OwnedFd>>) {
         let spec = self.candidate.as_ref().map_or(&self.spec, |candidate| &candidate.spec);
         let (service, sockets) = spec.service(None);
         let state = self.links.state.clone().filter(|_| self.role == Role::Lb);
@@ -301,73 +479,91 @@ impl Actor {
             threads: spec.threads,
             drains: self.links.drains.iter().cloned().collect(),
             state: state.is_some(),
+            inherit: inherit.is_some(),
             token: spec.token.clone(),
         };
-        let descriptors = state.into_iter().chain(sockets).collect();
-        let not_started = |error: std::io::Error| Ended {
-            how: format!("could not be started: {error}"),
-            ready: false,
-            wanted: false,
-            killed: false,
-        };
-        let (process, mut heard) = match Process::start(self.role) {
-            Ok(started) => started,
-            Err(error) => return not_started(error),
-        };
-        self.look("starting", Some(process.pid()));
-        process.say(ToWorker::Start(Box::new(start)), descriptors);
-        let mut life = Life::default();
-        let why = self.converse(&process, &mut heard, &mut life).await;
-        let (status, killed) = process.end().await;
-        if let Some((_, reload)) = life.reload {
-            let _ = reload.reply.send(Err(format!(
-                "worker {} ended meanwhile ({})",
-                self.role,
-                why.as_deref().unwrap_or(&status)
-            )));
-        }
-        Ended {
-            how: why.unwrap_or(status),
-            ready: life.ready,
-            wanted: life.wanted,
-            killed,
-        }
+        let descriptors = state.into_iter().chain(inherit.map(Arc::new)).chain(sockets).collect();
+        (ToWorker::Start(Box::new(start)), descriptors)
     }
 
-    /// Talks until the process has ended (`None`) or is to be ended, and why.
-    async fn converse(
-        &mut self,
-        process: &Process,
-        heard: &mut mpsc::Receiver<Heard>,
-        life: &mut Life,
-    ) -> Option<String> {
+    /// Talks until the process has ended, is to be ended, or is left to another keeper. A successor that takes over takes
+    /// the place of all three arguments.
+    async fn converse(&mut self, process: &mut Process, heard: &mut mpsc::Receiver<Heard>, life: &mut Life) -> Over {
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         beat.tick().await;
         let mut until = None;
         loop {
+            let deadline = life.successor.as_ref().map(|successor| successor.until);
             tokio::select! {
-                () = process.ended() => return None,
+                () = process.ended() => if !self.outlived(process, heard, life).await { return Over::Ended },
                 said = heard.recv() => match said.unwrap_or(Ok(None)) {
                     // The channel closes a moment before the process ends; its status says more.
-                    Ok(None) => { let _ = tokio::time::timeout(BEAT, process.ended()).await; return None }
-                    Ok(Some(message)) => if let Err(why) = self.hear(message, process, life) { return Some(why) },
-                    Err(error) => return Some(format!("said what makes no sense: {error}")),
+                    Ok(None) => {
+                        let _ = tokio::time::timeout(BEAT, process.ended()).await;
+                        if !self.outlived(process, heard, life).await { return Over::Ended }
+                    }
+                    Ok(Some(message)) => if let Err(why) = self.hear(message, process, life) { return Over::Because(why) },
+                    Err(error) => return Over::Because(format!("said what makes no sense: {error}")),
                 },
+                said = successor::says(&mut life.successor) => self.hear_successor(said, process, heard, life),
+                () = at(deadline) => if let Err(why) = Self::too_late(life) { return Over::Because(why) },
                 Some(message) = self.inbox.recv() => match message {
                     Message::Stop { grace, done } => {
                         self.stopped = Some(done);
                         life.wanted = true;
+                        if let Some(successor) = life.successor.take() {
+                            successor.fail("edged stops".into());
+                        }
                         process.say(ToWorker::Stop { grace_ms: u64::try_from(grace.as_millis()).unwrap_or(0) }, Vec::new());
                         until = Some(tokio::time::Instant::now() + grace + BEAT);
                         self.look("stopping", Some(process.pid()));
                     }
-                    other => if let Err(why) = self.told(other, process, life) { return Some(why) },
+                    Message::Replace { reply } => self.succeed(reply, process, life),
+                    Message::Release { reply } => match self.let_go(process, heard, life).await {
+                        Ok(running) => {
+                            let _ = reply.send(Ok(running));
+                            return Over::Released;
+                        }
+                        Err(why) => drop(reply.send(Err(why))),
+                    },
+                    other => if let Err(why) = self.told(other, process, life) { return Over::Because(why) },
                 },
-                _ = beat.tick() => if let Err(why) = self.beat(process, life) { return Some(why) },
-                () = at(until) => return Some("did not stop in time".into()),
+                _ = beat.tick() => if let Err(why) = self.beat(process, life) { return Over::Because(why) },
+                () = at(until) => return Over::Because("did not stop in time".into()),
             }
         }
+    }
+
+    /// Brings the talk to a point at which another keeper can go on.
+    async fn let_go(
+        &mut self,
+        process: &mut Process,
+        heard: &mut mpsc::Receiver<Heard>,
+        life: &mut Life,
+    ) -> Result<Running, String> {
+        if !life.ready || life.wanted || life.reload.is_some() || life.successor.is_some() {
+            return Err("it is being started, changed or stopped".into());
+        }
+        let channel = process.pause().await?;
+        while let Ok(said) = heard.try_recv() {
+            match said {
+                Ok(Some(message)) => self.hear(message, process, life)?,
+                Ok(None) => return Err("it ended".into()),
+                Err(error) => return Err(format!("it said what makes no sense: {error}")),
+            }
+        }
+        let seen = lock(&self.seen);
+        Ok(Running {
+            pid: process.pid(),
+            channel,
+            build: seen.build.clone().unwrap_or_default(),
+            pings: life.pings,
+            next: life.next,
+            since: seen.since,
+            restarts: seen.restarts,
+            last_end: seen.last_end.clone(),
+        })
     }
 
     fn beat(&self, process: &Process, life: &mut Life) -> Result<(), String> {
@@ -381,7 +577,8 @@ impl Actor {
                 RELOAD.as_secs()
             ));
         }
-        if life.wanted {
+        // Nobody answers while a balancer is handed over, which has a deadline of its own.
+        if life.wanted || life.successor.is_some() {
             return Ok(());
         }
         life.silent += 1;
@@ -404,10 +601,16 @@ impl Actor {
     fn told(&mut self, message: Message, process: &Process, life: &mut Life) -> Result<(), String> {
         match message {
             Message::Ask { request, reply } if life.ready => {
-                life.asked.retain(|_, reply| !reply.is_closed());
+                life.asked.retain(|_, (_, reply)| !reply.is_closed());
                 life.next += 1;
-                life.asked.insert(life.next, reply);
+                life.asked.insert(life.next, (request.clone(), reply));
                 process.say(ToWorker::Ask { id: life.next, request }, Vec::new());
+            }
+            Message::Reload { reply, .. } if life.successor.is_some() => {
+                drop(reply.send(Err(format!(
+                    "worker {} is being replaced; try again in a few seconds",
+                    self.role
+                ))));
             }
             Message::Reload { spec, reply } if life.ready && self.role == Role::Lb && spec != self.spec => {
                 life.next += 1;
@@ -437,7 +640,11 @@ impl Actor {
             }
             Message::Drained { drain, set } => self.drained(drain, set),
             Message::PageDone => self.pages = self.pages.saturating_sub(1),
-            Message::Ask { .. } | Message::ToWorker { .. } | Message::Stop { .. } => {}
+            Message::Ask { .. }
+            | Message::ToWorker { .. }
+            | Message::Stop { .. }
+            | Message::Replace { .. }
+            | Message::Release { .. } => {}
         }
         Ok(())
     }
@@ -448,7 +655,7 @@ impl Actor {
             (FromWorker::Ready, _) if !life.ready => self.is_ready(process, life),
             (FromWorker::Pong { id }, _) if (1..=life.pings).contains(&id) => life.silent = 0,
             (FromWorker::Answer { id, answer }, Role::Lb) => {
-                if let Some(reply) = life.asked.remove(&id) {
+                if let Some((_, reply)) = life.asked.remove(&id) {
                     let _ = reply.send(*answer);
                 }
             }
@@ -468,6 +675,7 @@ impl Actor {
                 }
                 self.commit(id, drain, set);
             }
+            (FromWorker::HandedOver { id, result }, Role::Lb) => return Self::handed_over(id, result, life),
             (FromWorker::Metrics { id }, Role::Web) => self.page(id, process),
             (message, role) => {
                 tracing::warn!(%role, ?message, "a worker said what is not for it to say");
@@ -566,9 +774,10 @@ struct Life {
     silent: u32,
     pings: u64,
     next: u64,
-    asked: BTreeMap<u64, oneshot::Sender<Answer>>,
+    asked: BTreeMap<u64, (Request, oneshot::Sender<Answer>)>,
     reload: Option<(u64, Reload)>,
     reload_since: Option<Instant>,
+    successor: Option<Successor>,
 }
 
 async fn at(until: Option<tokio::time::Instant>) {

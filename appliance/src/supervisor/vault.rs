@@ -4,7 +4,11 @@ use std::{
     collections::BTreeSet,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
-    sync::mpsc::{SyncSender, TrySendError, sync_channel},
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{SyncSender, TrySendError, sync_channel},
+    },
+    time::Duration,
 };
 
 use lb::io::Drain;
@@ -24,36 +28,80 @@ type Job = Box<dyn FnOnce(&dyn Store) + Send>;
 
 /// The way to the store; without one every request is refused with the reason.
 pub(super) struct Vault {
-    jobs: Result<SyncSender<Job>, String>,
+    jobs: Mutex<Result<Jobs, String>>,
+}
+
+/// The thread's work, and its end.
+struct Jobs {
+    sender: SyncSender<Job>,
+    closed: oneshot::Receiver<()>,
 }
 
 impl Vault {
     /// Opens the store of `dir`. One that cannot be opened is told in the log and by every later refusal, but keeps
     /// nothing from being served.
     pub(super) fn open(dir: &Path) -> Self {
-        let store = RedbStore::open(dir).map_err(|error| log::chain(&error));
-        let jobs = store.and_then(|store| {
-            let (jobs, work) = sync_channel::<Job>(QUEUE);
-            // A request that panics is refused, by dropping its way back; the next one is served.
-            let one = move |job: Job| drop(catch_unwind(AssertUnwindSafe(|| job(&store))));
-            let work = move || work.into_iter().for_each(one);
-            let thread = std::thread::Builder::new().name(THREAD.into()).spawn(work);
-            thread
-                .map(|_| jobs)
-                .map_err(|error| format!("the store's thread could not be started: {error}"))
-        });
+        let jobs = start(dir);
         if let Err(reason) = &jobs {
-            log::error_lines(reason);
-            tracing::error!(
-                "serving goes on from the configuration file; drains and confirmed configurations are not known, and no change is kept"
-            );
+            tell(reason);
         }
-        Self { jobs }
+        Self { jobs: Mutex::new(jobs) }
+    }
+
+    /// As [`Vault::open`], but a store that cannot be opened is an error.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub(super) fn open_or_fail(dir: &Path) -> Result<Self, String> {
+        start(dir).map(|jobs| Self {
+            jobs: Mutex::new(Ok(jobs)),
+        })
     }
 
     /// Whether there is a store.
     pub(super) fn is_open(&self) -> bool {
-        self.jobs.is_ok()
+        self.jobs().is_ok()
+    }
+
+    /// Closes the store when all before it is done, so that another process can open it; `reason` refuses what comes
+    /// meanwhile. A store that is not open stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// It did not close within `limit`: the disk hangs. It closes when it can, and everything is refused.
+    pub(super) async fn close(&self, reason: &str, limit: Duration) -> Result<(), String> {
+        let jobs = {
+            let mut jobs = self.jobs();
+            if jobs.is_err() {
+                return Ok(());
+            }
+            std::mem::replace(&mut *jobs, Err(reason.to_owned()))
+        };
+        let Ok(Jobs { sender, closed }) = jobs else {
+            return Ok(());
+        };
+        drop(sender);
+        match tokio::time::timeout(limit, closed).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(format!(
+                "the store does not close within {} s; look for the disk's trouble: dmesg | tail",
+                limit.as_secs()
+            )),
+        }
+    }
+
+    /// Opens it again after [`Vault::close`].
+    pub(super) fn reopen(&self, dir: &Path) {
+        let jobs = start(dir);
+        if let Err(reason) = &jobs {
+            tell(reason);
+        }
+        *self.jobs() = jobs;
+    }
+
+    fn jobs(&self) -> std::sync::MutexGuard<'_, Result<Jobs, String>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `work` on the store's thread and waits for it there.
@@ -64,10 +112,10 @@ impl Vault {
     {
         let (reply, replied) = oneshot::channel();
         let job: Job = Box::new(move |store| drop(reply.send(work(store))));
-        let jobs = self
-            .jobs
-            .as_ref()
-            .map_err(|reason| format!("the store is not available: {reason}"))?;
+        let jobs = match &*self.jobs() {
+            Ok(jobs) => jobs.sender.clone(),
+            Err(reason) => return Err(format!("the store is not available: {reason}")),
+        };
         jobs.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => {
                 format!("{QUEUE} changes wait for the disk already; look for its trouble: dmesg | tail")
@@ -76,6 +124,7 @@ impl Vault {
                 "the store's thread has ended; restart edged: systemctl restart edged".to_owned()
             }
         })?;
+        drop(jobs);
         let result = replied
             .await
             .map_err(|_| "the store failed while it was asked; see the log: journalctl -u edged".to_owned())?;
@@ -98,4 +147,29 @@ impl Vault {
             }
         }
     }
+}
+
+fn start(dir: &Path) -> Result<Jobs, String> {
+    let store = RedbStore::open(dir).map_err(|error| log::chain(&error))?;
+    let (sender, work) = sync_channel::<Job>(QUEUE);
+    let (done, closed) = oneshot::channel();
+    let work = move || {
+        for job in work {
+            // A request that panics is refused, by dropping its way back; the next one is served.
+            drop(catch_unwind(AssertUnwindSafe(|| job(&store))));
+        }
+        drop(store);
+        let _ = done.send(());
+    };
+    let thread = std::thread::Builder::new().name(THREAD.into()).spawn(work);
+    thread
+        .map(|_| Jobs { sender, closed })
+        .map_err(|error| format!("the store's thread could not be started: {error}"))
+}
+
+fn tell(reason: &str) {
+    log::error_lines(reason);
+    tracing::error!(
+        "serving goes on from the configuration file; drains and confirmed configurations are not known, and no change is kept"
+    );
 }

@@ -8,6 +8,10 @@ use lb::{
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
+/// Of these messages and of the packets they travel in. A supervisor that takes over from another one goes on talking with
+/// its workers, so whatever changes their meaning raises it.
+pub const FORMAT: u32 = 1;
+
 /// From the supervisor.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -47,6 +51,12 @@ pub enum ToWorker {
         /// The page, or why there is none.
         result: Result<String, String>,
     },
+    /// Hand everything over to a successor, as [`crate::handover`] has it; [`FromWorker::HandedOver`] answers, and only if
+    /// it is done the worker exits. Descriptor: the old one's end of their socket pair.
+    HandOver {
+        /// Names the answer.
+        id: u64,
+    },
     /// Finish within `grace_ms` and exit.
     Stop {
         /// Milliseconds that sessions may go on.
@@ -79,6 +89,13 @@ pub enum FromWorker {
         /// In effect, or why not; then nothing was changed.
         result: Result<(), String>,
     },
+    /// Answers [`ToWorker::HandOver`].
+    HandedOver {
+        /// Of the order.
+        id: u64,
+        /// The successor serves, or why not; then everything goes on here.
+        result: Result<(), String>,
+    },
     /// A drain to be made durable; from `lb` only.
     Commit {
         /// Names the answer.
@@ -95,7 +112,8 @@ pub enum FromWorker {
     },
 }
 
-/// Everything a worker runs on. Descriptors: the state memory if `state`, then those of the listeners.
+/// Everything a worker runs on. Descriptors: the state memory if `state`, the end of a socket pair if `inherit`, then those
+/// of the listeners.
 #[derive(Serialize, Deserialize)]
 pub struct Start {
     /// Configuration, listeners, files.
@@ -106,6 +124,9 @@ pub struct Start {
     pub drains: Vec<Drain>,
     /// Whether the first descriptor is the state memory.
     pub state: bool,
+    /// Whether to take over from a running predecessor, to which the next descriptor leads.
+    #[serde(default)]
+    pub inherit: bool,
     /// The bearer token of the metrics page.
     pub token: Option<Bytes>,
 }

@@ -237,7 +237,10 @@ impl Frontend {
         if !self.limited.load(Relaxed) {
             return Ok(false);
         }
-        lock(&self.limits).admit(client, now).map(|()| true)
+        let mut limits = lock(&self.limits);
+        limits.admit(client, now)?;
+        limits.admitted(client);
+        Ok(true)
     }
 
     /// Counts a client that was admitted by a predecessor.
