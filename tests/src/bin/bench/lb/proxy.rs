@@ -158,7 +158,8 @@ mod tests {
         let at = summed.len() - 4;
         summed[at..].copy_from_slice(&sum.to_be_bytes());
         assert!(parse(Version::V2, &summed).is_ok());
-        for at in 12..summed.len() {
+        // All but the checksum's own kind: as another TLV it sums up nothing.
+        for at in (12..summed.len()).filter(|at| *at != 28) {
             let mut changed = summed.clone();
             changed[at] ^= 1;
             assert!(
