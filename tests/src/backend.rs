@@ -110,24 +110,30 @@ impl Backend {
     ///
     /// If the port is taken.
     pub fn start_at(node: &Node, address: SocketAddr, script: Script) -> Result<Self> {
+        node.enter(|| Self::start_here(node.name(), address, script))
+    }
+
+    /// Starts to follow `script` as `name` in the namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// If the port is taken.
+    pub fn start_here(name: &str, address: SocketAddr, script: Script) -> Result<Self> {
         let shared = Arc::new(Shared {
-            name: node.name().to_owned(),
+            name: name.to_owned(),
             script,
             stop: AtomicBool::new(false),
             sessions: Mutex::default(),
         });
-        let (listener, accepting) = node.enter(|| -> Result<_> {
-            let listener = TcpListener::bind(address).with_context(|| format!("{address} on {}", node.name()))?;
-            // std listens with a backlog of 128, less than a burst of a test's clients.
-            SockRef::from(&listener).listen(4096)?;
-            let (accept, shared) = (listener.try_clone()?, Arc::clone(&shared));
-            Ok((listener, thread::spawn(move || shared.accept(&accept))))
-        })?;
+        let listener = TcpListener::bind(address).with_context(|| format!("{address} on {name}"))?;
+        // std listens with a backlog of 128, less than a burst of a test's clients.
+        SockRef::from(&listener).listen(4096)?;
+        let (accept, accepts) = (listener.try_clone()?, Arc::clone(&shared));
         Ok(Self {
             address,
             listener,
             shared,
-            accepting: Some(accepting),
+            accepting: Some(thread::spawn(move || accepts.accept(&accept))),
         })
     }
 

@@ -47,14 +47,28 @@ impl Node {
         self.fault(addresses, &format!("numgen random mod 100 < {percent} drop"))
     }
 
+    /// Drops every packet from `addresses` to this node and lets those from it pass: it is heard and hears nothing.
+    ///
+    /// # Errors
+    ///
+    /// If nft refuses the rules.
+    pub fn lose_replies(&self, addresses: &[IpAddr]) -> Result<Fault> {
+        self.fault_on(addresses, "drop", &[("oifname", "saddr")])
+    }
+
     fn fault(&self, addresses: &[IpAddr], verdict: &str) -> Result<Fault> {
+        self.fault_on(addresses, verdict, &[("iifname", "daddr"), ("oifname", "saddr")])
+    }
+
+    /// `ways`: as the bridge sees them, packets of this node come in and those to it go out.
+    fn fault_on(&self, addresses: &[IpAddr], verdict: &str, ways: &[(&str, &str)]) -> Result<Fault> {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let table = format!("fault{}", SERIAL.fetch_add(1, Ordering::Relaxed));
         let port = self.name();
         let mut rules = String::new();
         for address in addresses {
             let family = if address.is_ipv4() { "ip" } else { "ip6" };
-            for (side, end) in [("iifname", "daddr"), ("oifname", "saddr")] {
+            for (side, end) in ways {
                 let _ = writeln!(
                     rules,
                     "{side} \"{port}\" {family} {end} {address} meta l4proto != ipv6-icmp {verdict}"

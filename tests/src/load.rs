@@ -109,7 +109,7 @@ impl Load {
     /// again.
     pub fn of_echoes(node: &Node, target: SocketAddr, per_second: u32, patience: Duration) -> Self {
         Self::start(node, target, per_second, patience, |stream| {
-            Ok(Session::begin(stream)?.server)
+            Ok(Session::on(stream)?.server)
         })
     }
 
@@ -313,10 +313,15 @@ impl Session {
     pub fn open(node: &Node, target: SocketAddr, patience: Duration) -> io::Result<Self> {
         let stream = node.enter(|| TcpStream::connect_timeout(&target, patience))?;
         patient(&stream, patience)?;
-        Self::begin(stream)
+        Self::on(stream)
     }
 
-    fn begin(mut stream: TcpStream) -> io::Result<Self> {
+    /// A session on a connected stream, served once this returns.
+    ///
+    /// # Errors
+    ///
+    /// What the socket says.
+    pub fn on(mut stream: TcpStream) -> io::Result<Self> {
         let mut buffer = Vec::new();
         let server = read_line(&mut stream, &mut buffer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         let mut session = Self {

@@ -17,7 +17,7 @@ use rcgen::{
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
 
 /// A certificate authority.
@@ -170,6 +170,25 @@ impl Identity {
     /// The certificate itself.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.cert
+    }
+}
+
+impl Files {
+    /// A server with the certificate in these files that asks clients for none.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read or are unusable.
+    pub fn server(&self) -> Result<Arc<ServerConfig>> {
+        let (cert, key) = (
+            CertificateDer::from_pem_file(&self.cert)?,
+            PrivateKeyDer::from_pem_file(&self.key)?,
+        );
+        let config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(vec![cert], key)?;
+        Ok(Arc::new(config))
     }
 }
 

@@ -8,6 +8,7 @@
 //! `EDGED_TEST_KEEPALIVE=1,1,3` scales the keepalive of 10 s, 3 s, 3 probes; one test waits for the real one.
 
 use std::{
+    io::{Read, Write},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -70,6 +71,39 @@ fn a_quiet_session_of_a_live_host_is_left_alone() -> Result<()> {
     })?;
     session.echo()?;
     assert_eq!(backend.accepted().len(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_live_client_that_does_not_read_for_25_s_gets_every_byte_in_the_end() -> Result<()> {
+    // A pager in front of a log: nobody is dead, somebody is slow. More than all buffers on the way, and as shipped.
+    const BYTES: usize = 64 << 20;
+    let world = World::new(1)?;
+    let _edge = Edge::start(&world.edge, &world.config("kind = \"api\""))?;
+    let _backend = world.backend(0, Script::Echo)?;
+    let session = Session::open(&world.client, world.front(), PATIENCE)?;
+    let (mut reads, mut writes) = (session.stream(), session.stream().try_clone()?);
+    writes.set_write_timeout(None)?;
+    reads.set_read_timeout(Some(PATIENCE))?;
+    let writer = thread::spawn(move || {
+        writes.write_all(&vec![7; BYTES])?;
+        writes.shutdown(std::net::Shutdown::Write)
+    });
+    thread::sleep(Duration::from_secs(25));
+    let mut got = 0;
+    let mut buffer = vec![0; 1 << 20];
+    let ended = loop {
+        match reads.read(&mut buffer) {
+            Ok(0) => break Ok(()),
+            Ok(count) => got += count,
+            Err(error) => break Err(error),
+        }
+    };
+    let sent = writer.join().expect("no panic");
+    ensure!(
+        ended.is_ok() && sent.is_ok() && got == BYTES,
+        "{got} of {BYTES} bytes arrived; reading ended with {ended:?}, writing with {sent:?}"
+    );
     Ok(())
 }
 

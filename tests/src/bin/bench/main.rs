@@ -15,12 +15,14 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 const USAGE: &str = "\
-Usage: bench lb [OPTIONS]        new connections, bulk, idle memory and system calls of edged and its peers
+Usage: bench lb [OPTIONS]        new connections, bulk, idle memory and system calls of edged and its peers: as a
+                                 balancer, as an ingress that sends the PROXY protocol, and on a cluster's node
 
   --rounds N       rounds; the table shows medians [default: 5]
   --quick          one short round, to see that everything works; no figures to quote
-  --only A,B       only these metrics (connections, bulk, memory, syscalls) and peers
-                   (edged, haproxy-copy, haproxy-splice, haproxy-pipes, nginx, tokio, direct)
+  --only A,B       only these metrics (connections, bulk, memory, syscalls), peers (edged, haproxy-copy,
+                   haproxy-splice, haproxy-pipes, nginx, tokio, direct, edged-proxy, haproxy-proxy, nginx-proxy,
+                   edged-node, haproxy-node) and groups of peers (balancer, ingress, node)
   --peer NAME      beside the others: haproxy-pipes, HAProxy splicing through pipes as large as edged's;
                    or tokio, a per-core copy_bidirectional proxy: what own code buys. May be repeated
   --output json    JSON instead of Markdown

@@ -1,10 +1,11 @@
 //! The servers behind the balancers: a process of its own, two threads with a listener each on every address.
 //!
-//! Exchanges and held sessions run in the threads' epoll loops; bulk streams get a thread each, which blocks.
+//! Exchanges and held sessions run in the threads' epoll loops; bulk streams get a thread each, which blocks. A listener
+//! for the PROXY protocol takes no connection without a header of its version that names the right client.
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     os::fd::{AsRawFd, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -19,7 +20,10 @@ use rustix::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::wire::{BLOCK, Checker, HEAD, Head, Kind, REPLY, Writer, hold_message, receipt, reply};
+use super::{
+    proxy::{self, Version},
+    wire::{BLOCK, Checker, HEAD, Head, Kind, REPLY, Writer, hold_message, receipt, reply, source},
+};
 
 const THREADS: usize = 2;
 /// Blocks per write of bulk data.
@@ -27,18 +31,28 @@ pub(crate) const BLOCKS: usize = 4;
 /// A bulk stream that stands still for that long has failed.
 pub(crate) const STALLED: Duration = Duration::from_secs(10);
 
-/// `bench lb-backend ADDRESS...`: serves until it is killed; says "ready" once it listens.
+/// Of plain connections; those of PROXY version 1 and 2 are the next two.
+pub(crate) const PORT: u16 = 7000;
+
+/// `bench lb-backend ADDRESS...`: serves on the three ports of each until it is killed; says "ready" once it listens.
 pub(crate) fn main(args: &[String]) -> Result<()> {
-    let addresses: Vec<SocketAddr> = args
+    let addresses: Vec<Ipv4Addr> = args
         .iter()
         .map(|arg| arg.parse().with_context(|| format!("\"{arg}\" is no address")))
         .collect::<Result<_>>()?;
     let mut threads = Vec::new();
     for _ in 0..THREADS {
-        let listeners = addresses
-            .iter()
-            .map(|address| listen(*address))
-            .collect::<Result<_>>()?;
+        let mut listeners = Vec::new();
+        for address in &addresses {
+            for (port, header) in [
+                (PORT, None),
+                (PORT + 1, Some(Version::V1)),
+                (PORT + 2, Some(Version::V2)),
+            ] {
+                let socket = listen((*address, port).into())?;
+                listeners.push(Listener { socket, header });
+            }
+        }
         threads.push(thread::spawn(move || Server::new(listeners)?.serve()));
     }
     println!("ready");
@@ -70,16 +84,25 @@ pub(crate) fn listen(address: SocketAddr) -> Result<OwnedFd> {
     Ok(listen().with_context(|| format!("cannot listen on {address}"))?.into())
 }
 
+struct Listener {
+    socket: OwnedFd,
+    header: Option<Version>,
+}
+
 /// One thread's listeners and connections.
 struct Server {
     epoll: OwnedFd,
-    listeners: Vec<OwnedFd>,
+    listeners: Vec<Listener>,
     /// By descriptor, which is also the event's token; listeners have none here.
     connections: Vec<Option<Connection>>,
 }
 
 struct Connection {
     socket: TcpStream,
+    /// A PROXY header is still to come.
+    header: Option<Version>,
+    /// Whom it named.
+    named: Option<Ipv4Addr>,
     got: usize,
     request: [u8; REPLY],
 }
@@ -92,10 +115,10 @@ enum Next {
 }
 
 impl Server {
-    fn new(listeners: Vec<OwnedFd>) -> Result<Self> {
+    fn new(listeners: Vec<Listener>) -> Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        for listener in &listeners {
-            epoll::add(&epoll, listener, token(listener.as_raw_fd()), EventFlags::IN)?;
+        for Listener { socket, .. } in &listeners {
+            epoll::add(&epoll, socket, token(socket.as_raw_fd()), EventFlags::IN)?;
         }
         Ok(Self {
             epoll,
@@ -116,7 +139,7 @@ impl Server {
                 let fd = usize::try_from({ event.data }.u64())?;
                 if let Some(connection) = self.connections.get_mut(fd).and_then(Option::take) {
                     self.advance(connection, true)?;
-                } else if let Some(listener) = self.listeners.iter().position(|l| l.as_raw_fd() as usize == fd) {
+                } else if let Some(listener) = self.listeners.iter().position(|l| l.socket.as_raw_fd() as usize == fd) {
                     self.accept(listener)?;
                 }
             }
@@ -125,10 +148,14 @@ impl Server {
 
     fn accept(&mut self, listener: usize) -> Result<()> {
         loop {
-            match accept_with(&self.listeners[listener], SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+            let Listener { socket, header } = &self.listeners[listener];
+            let header = *header;
+            match accept_with(socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok(fd) => self.advance(
                     Connection {
                         socket: fd.into(),
+                        header,
+                        named: None,
                         got: 0,
                         request: [0; REPLY],
                     },
@@ -182,6 +209,14 @@ fn token(fd: i32) -> EventData {
 
 impl Connection {
     fn read(mut self) -> Next {
+        match self.read_header() {
+            Ok(true) => {}
+            Ok(false) => return Next::Wait(self),
+            Err(error) => {
+                eprintln!("a connection began with a PROXY header that is none: {error}");
+                return Next::Close;
+            }
+        }
         loop {
             // A bulk stream's head is 100 bytes, and not one more may be taken from it here.
             let want = if self.got < HEAD { HEAD } else { REPLY };
@@ -200,7 +235,14 @@ impl Connection {
                 .request
                 .split_first_chunk::<HEAD>()
                 .expect("a request is longer than its head");
-            match Head::decode(head) {
+            let decoded = Head::decode(head);
+            if let (Some(Head { id, .. }), Some(named)) = (&decoded, self.named)
+                && named != source(*id)
+            {
+                eprintln!("the PROXY header names {named}, but the client is {}", source(*id));
+                return Next::Close;
+            }
+            match decoded {
                 None => {
                     eprintln!("a connection began with {} bytes that no client sends", self.got);
                     return Next::Close;
@@ -227,6 +269,31 @@ impl Connection {
                 }
             }
         }
+    }
+}
+
+impl Connection {
+    /// Takes the PROXY header off the stream, if one is due; `false` while it is not whole. Looked at before it is read,
+    /// so that not one byte more is taken.
+    fn read_header(&mut self) -> Result<bool, String> {
+        let Some(version) = self.header else { return Ok(true) };
+        let mut bytes = [0; proxy::MOST];
+        let got = match self.socket.peek(&mut bytes) {
+            Ok(0) => return Err("it ended".into()),
+            Ok(got) => got,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error.to_string()),
+        };
+        let Some((length, named)) = proxy::parse(version, &bytes[..got])? else {
+            return Ok(false);
+        };
+        self.socket
+            .read_exact(&mut bytes[..length])
+            .map_err(|error| error.to_string())?;
+        (self.header, self.named) = (None, Some(named));
+        Ok(true)
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, BufRead, Read, Write},
-    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
+    net::{SocketAddr, SocketAddrV4, TcpStream},
     os::fd::{AsRawFd, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -24,12 +24,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
     backend::{STALLED, receive, send},
-    wire::{Checker, HEAD, Head, Kind, RECEIPT, REPLY, hold_message, receipt, reply},
+    wire::{Checker, HEAD, Head, Kind, RECEIPT, REPLY, hold_message, receipt, reply, source},
 };
 use crate::stats::percentile;
 
-/// Source addresses of clients: 127.0.1.1 and up, each with all its ports.
-const SOURCES: u64 = 16;
 /// A connection that takes longer has failed.
 const SLOW: Duration = Duration::from_secs(5);
 /// After that many failures there is nothing left to learn.
@@ -83,8 +81,7 @@ fn socket(id: u64, kind: Type) -> io::Result<Socket> {
     if set != 0 {
         return Err(io::Error::last_os_error());
     }
-    let source = Ipv4Addr::new(127, 0, 1, 1 + (id % SOURCES) as u8);
-    socket.bind(&SocketAddrV4::new(source, 0).into())?;
+    socket.bind(&SocketAddrV4::new(source(id), 0).into())?;
     Ok(socket)
 }
 

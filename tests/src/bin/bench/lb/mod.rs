@@ -10,6 +10,7 @@ pub(crate) mod backend;
 pub(crate) mod client;
 pub(crate) mod peer_tokio;
 mod peers;
+mod proxy;
 mod report;
 mod session;
 mod wire;
@@ -25,7 +26,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use self::{
-    peers::{Peer, Running},
+    peers::{Group, Peer, Running},
     report::{Figure, Machine, Report, Way},
     session::{Client, Measured},
 };
@@ -163,8 +164,11 @@ impl Options {
             self.metrics.insert(metric);
         } else if let Some(peer) = Peer::ALL.into_iter().find(|peer| peer.name() == word) {
             self.peers.insert(peer);
+        } else if let Some(group) = Group::ALL.into_iter().find(|group| group.name() == word) {
+            let of_group = |peer: &Peer| peer.group() == group && !Peer::EXTRA.contains(peer);
+            self.peers.extend(Peer::ALL.into_iter().filter(of_group));
         } else {
-            bail!("\"{word}\" is neither a metric nor a peer; see bench help");
+            bail!("\"{word}\" is no metric, no peer and no group of peers; see bench help");
         }
         Ok(())
     }
@@ -216,7 +220,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         bench.each(Metric::Memory, round, |bench, peer| bench.memory(peer, round));
         bench.each(Metric::Connections, round, |bench, peer| bench.connections(peer, round));
         for way in Way::ALL {
-            bench.each(Metric::Bulk, round, |bench, peer| bench.bulk(peer, round, way));
+            bench.each(Metric::Bulk, round, |bench, peer| {
+                // What a header costs is over before the first byte of bulk data: one stream each way shows it.
+                if peer.group() == Group::Ingress && way.streams > 1 {
+                    return Ok(());
+                }
+                bench.bulk(peer, round, way)
+            });
         }
     }
     bench.each(Metric::Syscalls, 0, Bench::syscalls);
@@ -271,6 +281,12 @@ impl Bench<'_> {
         // Without a balancer there is none to look into; and once is enough to know what the generator can do alone.
         let looks_inside = matches!(metric, Metric::Memory | Metric::Syscalls);
         peers.retain(|peer| *peer != Peer::Direct || round == 0 && !looks_inside);
+        peers.retain(|peer| match peer.group() {
+            Group::Balancer => true,
+            // Every other round is enough, and keeps the whole within ten minutes.
+            Group::Ingress => round.is_multiple_of(2) && metric != Metric::Memory,
+            Group::Node => round.is_multiple_of(2) && metric != Metric::Bulk,
+        });
         for peer in peers {
             if let Err(error) = measure(self, peer) {
                 eprintln!("  {:<15} {} failed: {error:#}", peer.name(), metric.name());
@@ -408,7 +424,7 @@ mod tests {
     #[test]
     fn everything_but_the_extra_peers_is_the_default() {
         let all = options("").expect("no arguments");
-        assert_eq!((all.rounds, all.metrics.len(), all.peers.len()), (5, 4, 5));
+        assert_eq!((all.rounds, all.metrics.len(), all.peers.len()), (5, 4, 10));
         assert!(!all.peers.contains(&Peer::Tokio));
         assert!(options("--peer tokio").expect("a peer").peers.contains(&Peer::Tokio));
     }
@@ -419,6 +435,15 @@ mod tests {
         assert_eq!(some.metrics, BTreeSet::from([Metric::Bulk]));
         assert_eq!(some.peers, BTreeSet::from([Peer::Edged, Peer::Nginx]));
         assert_eq!(some.rounds, 3);
+    }
+
+    #[test]
+    fn only_takes_groups_of_peers_without_the_extra_ones() {
+        let peers = |line| options(line).expect("a group").peers;
+        let node = BTreeSet::from([Peer::EdgedNode, Peer::HaproxyNode]);
+        assert_eq!(peers("--only node,memory"), node);
+        assert_eq!(peers("--only ingress").len(), 3);
+        assert_eq!(peers("--only balancer").len(), 5);
     }
 
     #[test]

@@ -24,7 +24,10 @@ use crate::{
 pub(crate) const BACKENDS: [SocketAddr; 3] = [backend(11), backend(12), backend(13)];
 
 const fn backend(last: u8) -> SocketAddr {
-    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(127, 0, 0, last)), 7000)
+    SocketAddr::new(
+        std::net::IpAddr::V4(Ipv4Addr::new(127, 0, 0, last)),
+        super::backend::PORT,
+    )
 }
 
 /// Debian's folder of nginx modules, which is also in nginx-stream.conf.
@@ -45,13 +48,48 @@ pub(crate) enum Peer {
     Nginx,
     /// tokio's `copy_bidirectional`, see `peer_tokio.rs`.
     Tokio,
+    /// Ours, sending PROXY version 2.
+    EdgedProxy,
+    /// HAProxy, splicing and sending PROXY version 2.
+    HaproxyProxy,
+    /// nginx, sending PROXY version 1.
+    NginxProxy,
+    /// Ours on a cluster node: one process, one thread.
+    EdgedNode,
+    /// HAProxy with one thread and no master.
+    HaproxyNode,
     /// Nothing: what clients and backends can do by themselves.
     Direct,
 }
 
+/// What a peer is used as; each has tables of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Group {
+    /// Between clients and servers, on a machine of its own.
+    Balancer,
+    /// In front of an ingress that learns its clients by PROXY protocol.
+    Ingress,
+    /// On each node of a cluster, in front of the API servers.
+    Node,
+}
+
+impl Group {
+    /// All, in the order of the tables.
+    pub(crate) const ALL: [Self; 3] = [Self::Balancer, Self::Ingress, Self::Node];
+
+    /// As written on the command line.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Balancer => "balancer",
+            Self::Ingress => "ingress",
+            Self::Node => "node",
+        }
+    }
+}
+
 impl Peer {
     /// All, in the order of the tables.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Edged,
         Self::HaproxyCopy,
         Self::HaproxySplice,
@@ -59,10 +97,24 @@ impl Peer {
         Self::Nginx,
         Self::Tokio,
         Self::Direct,
+        Self::EdgedProxy,
+        Self::HaproxyProxy,
+        Self::NginxProxy,
+        Self::EdgedNode,
+        Self::HaproxyNode,
     ];
 
     /// Those that run only when asked for by name.
     pub(crate) const EXTRA: [Self; 2] = [Self::HaproxyPipes, Self::Tokio];
+
+    /// What it is used as.
+    pub(crate) const fn group(self) -> Group {
+        match self {
+            Self::EdgedProxy | Self::HaproxyProxy | Self::NginxProxy => Group::Ingress,
+            Self::EdgedNode | Self::HaproxyNode => Group::Node,
+            _ => Group::Balancer,
+        }
+    }
 
     /// As written on the command line and in the tables.
     pub(crate) const fn name(self) -> &'static str {
@@ -73,6 +125,11 @@ impl Peer {
             Self::HaproxyPipes => "haproxy-pipes",
             Self::Nginx => "nginx",
             Self::Tokio => "tokio",
+            Self::EdgedProxy => "edged-proxy",
+            Self::HaproxyProxy => "haproxy-proxy",
+            Self::NginxProxy => "nginx-proxy",
+            Self::EdgedNode => "edged-node",
+            Self::HaproxyNode => "haproxy-node",
             Self::Direct => "direct",
         }
     }
@@ -87,6 +144,12 @@ impl Peer {
             Self::Edged => 8004,
             Self::Tokio => 8005,
             Self::HaproxyPipes => 8006,
+            Self::EdgedProxy => 8007,
+            Self::HaproxyProxy => 8008,
+            Self::NginxProxy => 8009,
+            Self::HaproxyNode => 8010,
+            // Node mode serves here alone.
+            Self::EdgedNode => 16443,
         };
         (Ipv4Addr::LOCALHOST, port).into()
     }
@@ -98,11 +161,11 @@ impl Peer {
     /// It is not installed.
     pub(crate) fn version(self) -> Result<String> {
         Ok(match self {
-            Self::Edged => first_line(Command::new(edged()?).arg("--version"))?,
-            Self::HaproxyCopy | Self::HaproxySplice | Self::HaproxyPipes => {
+            Self::Edged | Self::EdgedProxy | Self::EdgedNode => first_line(Command::new(edged()?).arg("--version"))?,
+            Self::HaproxyCopy | Self::HaproxySplice | Self::HaproxyPipes | Self::HaproxyProxy | Self::HaproxyNode => {
                 first_line(Command::new("haproxy").arg("-v")).context(INSTALL)?
             }
-            Self::Nginx => {
+            Self::Nginx | Self::NginxProxy => {
                 ensure!(
                     Path::new(NGINX_STREAM).exists(),
                     "{INSTALL}: there is no {NGINX_STREAM}"
@@ -150,6 +213,38 @@ impl Peer {
                 let config = file("nginx-stream.conf", include_str!("../../../../peers/nginx-stream.conf"))?;
                 let mut command = Command::new("nginx");
                 command.args(["-p", FOLDER, "-e", "stderr", "-c", &config]);
+                command
+            }
+            Self::EdgedProxy => {
+                let config = file("edged-proxy.toml", include_str!("../../../../peers/edged-proxy.toml"))?;
+                let mut command = Command::new(edged()?);
+                command.args(["--config", &config, "--state", &format!("{FOLDER}/edged-proxy-state")]);
+                command
+            }
+            Self::HaproxyProxy => haproxy(&file(
+                "haproxy-proxy.cfg",
+                include_str!("../../../../peers/haproxy-proxy.cfg"),
+            )?),
+            Self::NginxProxy => {
+                let config = file("nginx-proxy.conf", include_str!("../../../../peers/nginx-proxy.conf"))?;
+                let mut command = Command::new("nginx");
+                command.args(["-p", FOLDER, "-e", "stderr", "-c", &config]);
+                command
+            }
+            Self::EdgedNode => {
+                let mut command = Command::new(edged()?);
+                command.args([
+                    "--node",
+                    "--backends",
+                    &BACKENDS.map(|backend| backend.to_string()).join(","),
+                ]);
+                command
+            }
+            Self::HaproxyNode => {
+                let config = file("haproxy-node.cfg", include_str!("../../../../peers/haproxy-node.cfg"))?;
+                let mut command = Command::new("haproxy");
+                // Without a master, which would be a second process: cheaper, and nothing is reloaded.
+                command.args(["-db", "-f", &config]);
                 command
             }
             Self::Tokio => {
@@ -232,7 +327,7 @@ impl Running {
         let mut command = Command::new(env::current_exe().context("cannot find this program's own file")?);
         command
             .arg("lb-backend")
-            .args(BACKENDS.map(|backend| backend.to_string()));
+            .args(BACKENDS.map(|backend| backend.ip().to_string()));
         let mut running = Self::start("backend", command)?;
         while !BACKENDS.iter().all(|backend| TcpStream::connect(backend).is_ok()) {
             running.check_alive()?;

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt::Write, fs, process::Command, thread};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Metric, Options, peers::Peer};
+use super::{
+    Metric, Options,
+    peers::{Group, Peer},
+};
 use crate::stats::{figure, median, range, spread};
 
 /// Direction and number of streams of a bulk measurement.
@@ -194,8 +197,12 @@ impl Bar {
     }
 }
 
-/// The peers whose CPU time per connection is compared; a library baseline is none.
-const COMPETITORS: [Peer; 3] = [Peer::HaproxyCopy, Peer::HaproxySplice, Peer::Nginx];
+/// Whose CPU time per connection is compared with whose; a library baseline is no competitor.
+const COMPETITIONS: [(Peer, &[Peer]); 3] = [
+    (Peer::Edged, &[Peer::HaproxyCopy, Peer::HaproxySplice, Peer::Nginx]),
+    (Peer::EdgedProxy, &[Peer::HaproxyProxy, Peer::NginxProxy]),
+    (Peer::EdgedNode, &[Peer::HaproxyNode]),
+];
 /// Of our CPU time per connection, against the better peer's.
 const CPU_PER_CONNECTION: f64 = 0.91;
 /// Of our CPU time per GiB, against HAProxy's in splice mode.
@@ -204,6 +211,8 @@ const CPU_PER_GIB: f64 = 0.85;
 const IDLE_MEMORY: f64 = 22.0;
 /// System calls per connection.
 const SYSCALLS: f64 = 17.0;
+/// MiB of node mode before the first of the sessions that are measured.
+const NODE_MEMORY: f64 = 8.0;
 
 impl Report {
     pub(crate) fn new(machine: Machine, rounds: usize, quick: bool) -> Self {
@@ -289,26 +298,26 @@ impl Report {
 
     /// Those whose metric was asked for.
     fn bars(&self) -> Vec<Bar> {
-        let better = COMPETITORS
-            .into_iter()
-            .filter_map(|peer| Some((self.median(peer, Figure::CpuPerConnection)?, peer)))
-            .min_by(|a, b| a.0.total_cmp(&b.0))
-            .map(|(_, peer)| peer);
         let mut bars = Vec::new();
-        let mut bar = |of: Figure, what: String, limit: f64, measured: Option<f64>| {
-            if self.asked(Peer::Edged, of) {
+        let mut bar = |peer: Peer, of: Figure, what: String, limit: f64, measured: Option<f64>| {
+            if self.asked(peer, of) {
                 bars.push(Bar { what, limit, measured });
             }
         };
-        bar(
-            Figure::CpuPerConnection,
-            format!(
-                "CPU per connection, against {}",
-                better.map_or("the better peer", Peer::name)
-            ),
-            CPU_PER_CONNECTION,
-            better.and_then(|peer| self.ratio(Peer::Edged, peer, Figure::CpuPerConnection)),
-        );
+        for (own, competitors) in COMPETITIONS {
+            let figures = competitors
+                .iter()
+                .filter_map(|peer| Some((self.median(*peer, Figure::CpuPerConnection)?, *peer)));
+            let better = figures.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, peer)| peer);
+            let against = better.map_or("the better peer", Peer::name);
+            let what = match own.group() {
+                Group::Balancer => format!("CPU per connection, against {against}"),
+                group => format!("{}: CPU per connection, against {against}", group.name()),
+            };
+            let ratio = better.and_then(|peer| self.ratio(own, peer, Figure::CpuPerConnection));
+            bar(own, Figure::CpuPerConnection, what, CPU_PER_CONNECTION, ratio);
+        }
+        let mut bar = |of, what, limit, measured| bar(Peer::Edged, of, what, limit, measured);
         let pipes = self.peers().into_iter().filter(|peer| *peer == Peer::HaproxyPipes);
         for peer in [Peer::HaproxySplice].into_iter().chain(pipes) {
             for way in Way::ALL {
@@ -330,6 +339,13 @@ impl Report {
             SYSCALLS,
             alone(Figure::Syscalls),
         );
+        if self.asked(Peer::EdgedNode, Figure::RestMemory) {
+            bars.push(Bar {
+                what: "node: MiB at rest".into(),
+                limit: NODE_MEMORY,
+                measured: self.median(Peer::EdgedNode, Figure::RestMemory),
+            });
+        }
         bars
     }
 
@@ -358,26 +374,35 @@ impl Report {
         };
         writeln!(
             out,
-            "\nMedian of {rounds} (smallest–largest). CPU is that of the balancer's processes.\n"
+            "\nMedian of {rounds}, ingress and node of every other (smallest–largest). CPU is that of the balancer's processes.\n"
         )?;
-        self.table(
-            out,
-            "new connections, 64 in flight",
-            &[
-                ("connections/s", Figure::ConnectionsPerSecond),
-                ("p50 ms", Figure::P50),
-                ("p99 ms", Figure::P99),
-                ("CPU µs/connection", Figure::CpuPerConnection),
-                ("system calls/connection", Figure::Syscalls),
-                ("MiB/10,000 idle", Figure::IdleMemory),
-                ("MiB at rest", Figure::RestMemory),
-            ],
-        )?;
-        for (title, column) in [
-            ("bulk, Gbit/s", Figure::Gbit as fn(Way) -> Figure),
-            ("bulk, CPU s/GiB", Figure::CpuPerGib as fn(Way) -> Figure),
-        ] {
-            self.table(out, title, &Way::ALL.map(|way| (way.name(), column(way))))?;
+        for group in Group::ALL {
+            let title = match group {
+                Group::Balancer => "",
+                Group::Ingress => "ingress (PROXY v2, nginx v1): ",
+                Group::Node => "node mode, one thread: ",
+            };
+            self.table(
+                out,
+                group,
+                &format!("{title}new connections, 64 in flight"),
+                &[
+                    ("connections/s", Figure::ConnectionsPerSecond),
+                    ("p50 ms", Figure::P50),
+                    ("p99 ms", Figure::P99),
+                    ("CPU µs/connection", Figure::CpuPerConnection),
+                    ("system calls/connection", Figure::Syscalls),
+                    ("MiB/10,000 idle", Figure::IdleMemory),
+                    ("MiB at rest", Figure::RestMemory),
+                ],
+            )?;
+            for (what, column) in [
+                ("bulk, Gbit/s", Figure::Gbit as fn(Way) -> Figure),
+                ("bulk, CPU s/GiB", Figure::CpuPerGib as fn(Way) -> Figure),
+            ] {
+                let columns = Way::ALL.map(|way| (way.name(), column(way)));
+                self.table(out, group, &format!("{title}{what}"), &columns)?;
+            }
         }
         self.write_calls(out)?;
         self.write_shares(out)?;
@@ -385,17 +410,24 @@ impl Report {
         self.write_errors(out)
     }
 
-    fn table(&self, out: &mut String, title: &str, columns: &[(&str, Figure)]) -> std::fmt::Result {
-        if !columns
+    /// A table of the peers of `group`, of those `columns` that were asked of any of them.
+    fn table(&self, out: &mut String, group: Group, title: &str, columns: &[(&str, Figure)]) -> std::fmt::Result {
+        let peers: Vec<Peer> = self.peers().into_iter().filter(|peer| peer.group() == group).collect();
+        let asked = |figure: Figure| peers.iter().any(|peer| self.asked(*peer, figure));
+        // The balancers' tables keep their shape, whatever was left out.
+        let whole = group == Group::Balancer && columns.iter().any(|(_, figure)| asked(*figure));
+        let columns: Vec<(&str, Figure)> = columns
             .iter()
-            .any(|(_, figure)| self.peers().iter().any(|peer| self.asked(*peer, *figure)))
-        {
+            .copied()
+            .filter(|(_, figure)| whole || self.measured(&peers, *figure))
+            .collect();
+        if columns.is_empty() {
             return Ok(());
         }
         let names: Vec<&str> = columns.iter().map(|(name, _)| *name).collect();
         writeln!(out, "| {title} | {} | errors |", names.join(" | "))?;
         writeln!(out, "|---|{}---:|", "---:|".repeat(columns.len()))?;
-        for peer in self.peers() {
+        for peer in peers {
             let cells: Vec<String> = columns.iter().map(|(_, figure)| self.cell(peer, *figure)).collect();
             let errors: usize = columns
                 .iter()
@@ -407,6 +439,10 @@ impl Report {
             writeln!(out, "| {} | {} | {errors} |", peer.name(), cells.join(" | "))?;
         }
         writeln!(out)
+    }
+
+    fn measured(&self, peers: &[Peer], figure: Figure) -> bool {
+        peers.iter().any(|peer| self.samples.contains_key(&(*peer, figure)))
     }
 
     fn asked(&self, peer: Peer, figure: Figure) -> bool {

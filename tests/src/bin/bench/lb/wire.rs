@@ -8,7 +8,7 @@
 //! ```
 //! None of them needs half-closed connections, which nginx ends by default.
 
-use std::sync::OnceLock;
+use std::{net::Ipv4Addr, sync::OnceLock};
 
 /// Bytes of a [`Head`].
 pub(crate) const HEAD: usize = 100;
@@ -22,6 +22,14 @@ pub(crate) const RECEIPT: usize = 16;
 const BLOCK_HEAD: usize = 16;
 const MAGIC: &[u8; 4] = b"EDGB";
 const OFFSETS: usize = 64 * 1024;
+
+/// Source addresses of clients: 127.0.1.1 and up, each with all its ports.
+const SOURCES: u64 = 16;
+
+/// Where the client of connection `id` connects from.
+pub(crate) fn source(id: u64) -> Ipv4Addr {
+    Ipv4Addr::new(127, 0, 1, 1 + (id % SOURCES) as u8)
+}
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
