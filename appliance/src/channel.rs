@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! message = JSON, at most 4 MiB, with at most 1024 descriptors
-//! packet  = 1 byte (0 = last, 1 = more follow) + at most 60 KiB of the JSON, with at most 64 descriptors
+//! packet  = 1 byte (0 = last, 1 = more follow) + at most 60 KiB of the JSON, with at most 250 descriptors
 //! ```
 //! The socket keeps packet boundaries (SOCK_SEQPACKET). Whatever the other side sends is a message or an [`Error`]; an
 //! error means that the other side is broken, and the channel is of no use from then on. Descriptors arrive
@@ -31,7 +31,7 @@ use assembly::{Assembly, CHUNK, Fault, LAST, MORE, Step};
 /// Most descriptors of one message.
 pub const MAX_DESCRIPTORS: usize = 1024;
 /// Most descriptors in one packet; the kernel's own limit is 253.
-const PACKET_DESCRIPTORS: usize = 64;
+const PACKET_DESCRIPTORS: usize = 250;
 
 /// What can be wrong with a channel.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,19 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
         flags,
         None,
     )?)
+}
+
+/// Gives both ends room for a few messages of the largest size, so that who sends many does not wait for who receives after
+/// every packet. As far as the kernel lets this process.
+pub fn widen(ends: [&OwnedFd; 2]) {
+    const ROOM: usize = 16 << 20;
+    for end in ends {
+        let forced = rustix::net::sockopt::set_socket_send_buffer_size_force(end, ROOM);
+        if forced.is_err() {
+            // At most net.core.wmem_max: slower, and as good.
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(end, ROOM);
+        }
+    }
 }
 
 /// Has the runtime watch `descriptor`.

@@ -40,6 +40,8 @@ pub const FORMAT: u32 = 1;
 pub const MAX_BODY: usize = 1 << 20;
 /// Most parts of one hand-over.
 pub const MAX_PARTS: u64 = 1 << 16;
+/// Parts on their way before a receipt is waited for.
+const WINDOW: u64 = 4;
 /// For the first message of the other side, which may still be starting. Nothing is frozen then.
 pub const START: Duration = Duration::from_secs(5);
 /// For each further message of the other side, and for each step of a service.
@@ -117,7 +119,10 @@ enum FromNew {
 #[derive(Debug)]
 pub struct Giver {
     link: Link,
+    /// Sent.
     parts: u64,
+    /// Acknowledged.
+    taken: u64,
     /// Who takes over.
     pub successor: String,
 }
@@ -154,6 +159,7 @@ impl Giver {
                 Ok(Self {
                     link,
                     parts: 0,
+                    taken: 0,
                     successor,
                 })
             }
@@ -162,7 +168,8 @@ impl Giver {
         }
     }
 
-    /// Sends one part and waits until it is taken.
+    /// Sends one part. Up to [`WINDOW`] of them are on their way before it waits for receipts: descriptors on their way
+    /// count against a limit of the kernel, and every wait is time in which clients wait, too.
     ///
     /// # Errors
     ///
@@ -177,9 +184,18 @@ impl Giver {
             body: Bytes(part.body),
         };
         self.link.send("a part", &message, &part.descriptors).await?;
+        self.parts += 1;
+        while self.parts - self.taken >= WINDOW {
+            self.receipt().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until one more part is taken.
+    async fn receipt(&mut self) -> Result<(), Error> {
         match self.link.receive("a part", STEP).await?.0 {
-            FromNew::Took { number: took } if took == number => {
-                self.parts += 1;
+            FromNew::Took { number } if number == self.taken => {
+                self.taken += 1;
                 Ok(())
             }
             FromNew::Refuse { reason } => Err(Error::Refused(short(&reason))),
@@ -195,6 +211,9 @@ impl Giver {
     pub async fn end(&mut self) -> Result<(), Error> {
         let message = FromOld::End { parts: self.parts };
         self.link.send("the end", &message, &[]).await?;
+        while self.taken < self.parts {
+            self.receipt().await?;
+        }
         match self.link.receive("ready", STEP).await?.0 {
             FromNew::Ready => Ok(()),
             FromNew::Refuse { reason } => Err(Error::Refused(short(&reason))),

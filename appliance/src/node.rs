@@ -349,13 +349,15 @@ fn open(config: &Config, ca: &BTreeMap<PathBuf, Vec<u8>>) -> Result<Opened, Stri
         };
         // The balancer's own sockets share their port with those of a successor; a second node mode is none.
         let alone = std::net::TcpListener::bind(address).map(drop);
-        let socket = alone.and_then(|()| lb::io::socket::listener(address)).map_err(|error| {
-            let hint = match error.kind() {
-                io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{}'", address.port()),
-                _ => "see the addresses of this machine: ip address".into(),
-            };
-            format!("{address} cannot be listened on: {error}\nnothing is balanced on this node; {hint}")
-        })?;
+        let socket = alone
+            .and_then(|()| lb::io::socket::listener(address))
+            .map_err(|error| {
+                let hint = match error.kind() {
+                    io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{}'", address.port()),
+                    _ => "see the addresses of this machine: ip address".into(),
+                };
+                format!("{address} cannot be listened on: {error}\nnothing is balanced on this node; {hint}")
+            })?;
         opened.listeners.push((address, vec![socket]));
     }
     Ok(opened)

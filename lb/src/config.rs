@@ -1400,7 +1400,10 @@ max_ban = "5m"
             false,
         );
         told(
-            one("proxy_protocol = \"v2\"", "proxy_protocol = \"v1\"\nproxy_header_limit = 200"),
+            one(
+                "proxy_protocol = \"v2\"",
+                "proxy_protocol = \"v1\"\nproxy_header_limit = 200",
+            ),
             "200",
             "changes nothing",
             true,

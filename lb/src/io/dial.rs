@@ -69,9 +69,7 @@ impl Reactor {
     /// Begins a connect on behalf of the session, which has none. A failure is already booked.
     fn begin(&mut self, key: Key, frontend: &Frontend, pick: Pick, traffic: Arc<Traffic>) -> Result<(), Errno> {
         let now = self.now;
-        let Self {
-            epoll, slab, spare, ..
-        } = self;
+        let Self { epoll, slab, spare, .. } = self;
         let Some(session) = slab.session(key) else {
             return Ok(());
         };

@@ -373,9 +373,9 @@ impl Reactor {
             self.end(key, super::session::End::Reset);
             return;
         }
-        match phase {
-            Phase::Dialling => self.dial(key),
-            Phase::Header | Phase::Relaying => self.arm(key),
+        // Whoever has no backend yet gets one once this side serves.
+        if phase != Phase::Dialling {
+            self.arm(key);
         }
     }
 }

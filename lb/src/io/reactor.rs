@@ -23,7 +23,12 @@ use std::{
     time::Duration,
 };
 
-use rustix::{event::epoll, io::Errno, net::SocketFlags, time::Timespec};
+use rustix::{
+    event::{PollFd, PollFlags, epoll},
+    io::Errno,
+    net::SocketFlags,
+    time::Timespec,
+};
 
 use super::{
     clock,
@@ -155,6 +160,9 @@ impl Reactor {
     }
 
     pub(super) fn run(mut self) {
+        if !self.hold() {
+            return;
+        }
         let mut events = Vec::with_capacity(EVENTS);
         let mut due = Vec::new();
         loop {
@@ -185,6 +193,33 @@ impl Reactor {
                 return;
             }
         }
+    }
+
+    /// Takes what a predecessor hands over, and touches none of it until the word has come; `false` if it does not come.
+    fn hold(&mut self) -> bool {
+        while self.threads.are_held() {
+            let threads = self.threads.clone();
+            if let Some(bell) = threads.bell(self.index) {
+                let mut bells = [PollFd::new(bell, PollFlags::IN)];
+                let half_a_second = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 500_000_000,
+                };
+                // Not the epoll set: it tells each event once, and what sockets report now is not for us yet.
+                let _ = rustix::event::poll(&mut bells, Some(&half_a_second));
+            }
+            self.now = clock::now();
+            self.threads.beat(self.index, self.now);
+            self.orders();
+            if self.stop_at.is_some() {
+                return false;
+            }
+        }
+        self.now = clock::now();
+        for key in self.slab.sessions_where(|session| session.phase == Phase::Dialling) {
+            self.dial(key);
+        }
+        true
     }
 
     fn timeout(&self) -> Timespec {

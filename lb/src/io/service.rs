@@ -5,7 +5,10 @@ use std::{
     net::SocketAddr,
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::{Arc, atomic::AtomicU32},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -20,7 +23,7 @@ use super::{
     handover::{self, Freeze, FromThread, Said, Word},
     healthz,
     memory::MemoryFile,
-    names,
+    names, socket,
     threads::{self, Order, Threads},
 };
 use crate::{
@@ -32,6 +35,10 @@ use crate::{
 
 /// Health and counters are written down at least this often, and at once when a backend's state changes.
 const REMEMBER: Duration = Duration::from_secs(1);
+/// Descriptors that a successor expects; more cost it a moment each time their number doubles.
+const INHERITED: u32 = 16_384;
+/// Copies of descriptors on their way to a successor, and what a process has beside its sessions.
+const COPIES: u32 = 6_000;
 /// Between two looks at whether backends have more than their share.
 const SHED: Duration = Duration::from_secs(6);
 /// ... but not more often than this.
@@ -87,7 +94,17 @@ pub async fn run(
         })
     };
     if let Some(inheritance) = inheritance {
-        service.inherit(&config, opened, inheritance).await?;
+        // What takes time comes first: from the first part on the predecessor stands still.
+        service.apply(&config, opened).map_err(Error::Config)?;
+        // Before there are threads it costs nothing.
+        socket::make_room(INHERITED);
+        threads.hold();
+        threads::start(&threads).map_err(Error::Threads)?;
+        if let Err(error) = service.inherit(inheritance).await {
+            threads.tell_all(|| Order::Stop(clock::now()));
+            return Err(error);
+        }
+        threads.release();
         // Only now: until the word came, the predecessor wrote there.
         service.memory = remember();
     } else {
@@ -95,9 +112,9 @@ pub async fn run(
         service.remembered = memory.as_mut().map(remembered).unwrap_or_default();
         service.apply(&config, opened).map_err(Error::Config)?;
         service.memory = memory;
+        // The threads start once their listeners are ordered, so that health is remembered before the first client is served.
+        threads::start(&threads).map_err(Error::Threads)?;
     }
-    // The threads start once their listeners are ordered, so that health is remembered before the first client is served.
-    threads::start(&threads).map_err(Error::Threads)?;
     service.serve(links.commands).await;
     Ok(())
 }
@@ -206,6 +223,12 @@ impl Service {
     /// everything goes on here, a few milliseconds later.
     async fn hand_over(&self, parts: mpsc::Sender<Part>, commit: oneshot::Receiver<()>) -> Result<(), String> {
         let cut = || "the successor does not take the sessions".to_owned();
+        let sessions: u64 = self
+            .frontends
+            .values()
+            .map(|frontend| frontend.sessions.load(Relaxed))
+            .sum();
+        socket::make_room(u32::try_from(2 * sessions).unwrap_or(u32::MAX).saturating_add(COPIES));
         let (to, mut from) = mpsc::channel(1);
         let mut words = Vec::new();
         for thread in 0..usize::from(self.threads.count()) {
@@ -252,14 +275,14 @@ impl Service {
         Ok(())
     }
 
-    /// Takes everything over from a predecessor, puts `config` into effect on top of it, and waits for the word.
-    async fn inherit(&mut self, config: &Config, opened: Opened, inheritance: Inheritance) -> Result<(), Error> {
+    /// Takes everything over from a predecessor, and waits for the word.
+    async fn inherit(&mut self, inheritance: Inheritance) -> Result<(), Error> {
         let Inheritance {
             mut parts,
             ready,
             committed,
         } = inheritance;
-        let mut opened = Some(opened);
+        let mut begun = false;
         let mut thread = 0;
         let mut orphans: BTreeMap<String, Arc<Frontend>> = BTreeMap::new();
         loop {
@@ -267,12 +290,12 @@ impl Service {
                 .recv()
                 .await
                 .ok_or_else(|| Error::HandOver("the predecessor stopped half way".into()))?;
-            match (handover::read(part).map_err(Error::HandOver)?, opened.take()) {
-                (Said::Frontends(frontends), Some(opened)) => {
-                    self.remembered = frontends;
-                    self.apply(config, opened).map_err(Error::Config)?;
+            match (handover::read(part).map_err(Error::HandOver)?, begun) {
+                (Said::Frontends(frontends), false) => {
+                    begun = true;
+                    self.take_over(frontends);
                 }
-                (Said::Sessions(sessions), None) => {
+                (Said::Sessions(sessions), true) => {
                     let mut moved: Vec<Vec<_>> = (0..self.threads.count()).map(|_| Vec::new()).collect();
                     let count = moved.len();
                     for session in sessions {
@@ -291,7 +314,7 @@ impl Service {
                         self.threads.tell(thread, Order::Adopt(sessions));
                     }
                 }
-                (Said::End, None) => break,
+                (Said::End, true) => break,
                 _ => return Err(Error::HandOver("the predecessor's parts are out of order".into())),
             }
         }
@@ -300,6 +323,18 @@ impl Service {
         committed
             .await
             .map_err(|_| Error::HandOver("the predecessor did not commit".into()))
+    }
+
+    /// Health and counters, as the predecessor left them.
+    fn take_over(&mut self, frontends: BTreeMap<String, Memory>) {
+        let now = clock::now();
+        for (name, memory) in frontends {
+            match self.frontends.get(&name) {
+                Some(frontend) => frontend.remember(memory, now),
+                None => drop(self.remembered.insert(name, memory)),
+            }
+        }
+        self.drain_as_stored(now);
     }
 
     /// A frontend that is not configured any more and whose sessions go on.
@@ -363,22 +398,21 @@ impl Service {
             .map(|frontend| frontend.name.value.clone())
             .collect();
         self.frontends = frontends;
-        for drain in self
-            .drains
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .iter()
-        {
-            if let (Some(frontend), Ok(backend)) = (self.frontends.get(&drain.frontend), drain.backend.parse()) {
-                frontend.drain(&backend, true, now);
-            }
-        }
-
+        self.drain_as_stored(now);
         let mut sockets: BTreeMap<SocketAddr, Vec<OwnedFd>> = opened.listeners.into_iter().collect();
         self.listen(config, &mut sockets);
         self.healthz(config, &mut sockets);
         self.watch(opened.files, &opened.resolv_conf, &opened.hosts);
         Ok(())
+    }
+
+    fn drain_as_stored(&self, now: Moment) {
+        let drains = self.drains.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for drain in drains.iter() {
+            if let (Some(frontend), Ok(backend)) = (self.frontends.get(&drain.frontend), drain.backend.parse()) {
+                frontend.drain(&backend, true, now);
+            }
+        }
     }
 
     /// Everything that could go wrong, before anything is changed.

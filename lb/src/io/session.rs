@@ -206,7 +206,11 @@ impl Session {
             (&leg.socket, self.up.is_blocked()),
         ];
         for ((socket, blocked), patient) in sides.into_iter().zip(&mut self.patient) {
-            let window = if blocked { socket::window(socket::number(socket)) } else { None };
+            let window = if blocked {
+                socket::window(socket::number(socket))
+            } else {
+                None
+            };
             let shut = window.is_some_and(|window| window.shut);
             if shut && window.is_some_and(|window| window.unanswered()) {
                 return false;

@@ -93,6 +93,22 @@ pub fn listener(address: SocketAddr) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Makes room for descriptors with numbers below `number`, as far as the limit reaches.
+///
+/// The kernel grows a process's table of descriptors when it is full, and in a process with threads every growth waits for
+/// all processors (an RCU grace period): 20 to 40 ms that must not fall into the moment in which sessions stand still.
+pub(crate) fn make_room(number: u32) {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let number = limit.map_or(number, |limit| number.min(u32::try_from(limit).unwrap_or(u32::MAX)));
+    let Ok(number) = RawFd::try_from(number.saturating_sub(1)) else {
+        return;
+    };
+    // Any descriptor will do; the copy is closed at once, and the room stays.
+    if let Ok(any) = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC) {
+        let _ = rustix::io::fcntl_dupfd_cloexec(&any, number);
+    }
+}
+
 /// Sets keepalive and user timeout. Five system calls: inherited from the listener on the client leg, done on the
 /// backend leg once a session has lived for a second (a shorter one cannot profit from them).
 pub(crate) fn tune(socket: BorrowedFd<'_>) -> io::Result<()> {
@@ -195,7 +211,11 @@ pub(crate) fn window(socket: RawFd) -> Option<Window> {
 
 /// Takes the user timeout off, or sets it again.
 pub(crate) fn set_patience(socket: BorrowedFd<'_>, patient: bool) {
-    let timeout = if patient { Duration::ZERO } else { keepalive().user_timeout };
+    let timeout = if patient {
+        Duration::ZERO
+    } else {
+        keepalive().user_timeout
+    };
     // Failing, the kernel goes on as it was told before.
     let _ = sockopt::set_tcp_user_timeout(socket, u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX));
 }

@@ -5,7 +5,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -47,6 +47,8 @@ pub(crate) enum Order {
 pub(crate) struct Threads {
     boxes: Vec<Inbox>,
     alive: AtomicUsize,
+    /// They take orders and touch no connection: a predecessor may still serve.
+    held: AtomicBool,
 }
 
 struct Inbox {
@@ -71,6 +73,7 @@ impl Threads {
             .collect::<std::io::Result<Vec<_>>>()?;
         Ok(Arc::new(Self {
             alive: AtomicUsize::new(boxes.len()),
+            held: AtomicBool::new(false),
             boxes,
         }))
     }
@@ -116,6 +119,25 @@ impl Threads {
     /// Thread `index` makes progress.
     pub(crate) fn beat(&self, index: usize, now: Moment) {
         self.boxes[index].pulse.store(millis(now), Relaxed);
+    }
+
+    /// Has threads that start from now on wait for [`Threads::release`] before they touch a connection.
+    pub(crate) fn hold(&self) {
+        self.held.store(true, Relaxed);
+    }
+
+    /// Everything is theirs.
+    pub(crate) fn release(&self) {
+        self.held.store(false, Relaxed);
+        for inbox in &self.boxes {
+            if let Some(bell) = inbox.bell.get() {
+                let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
+            }
+        }
+    }
+
+    pub(crate) fn are_held(&self) -> bool {
+        self.held.load(Relaxed)
     }
 
     /// Every thread has turned lately.

@@ -80,6 +80,7 @@ impl Actor {
                 return;
             }
         };
+        channel::widen([&old, &new]);
         let (start, descriptors) = self.start_message(hands_over.then_some(new));
         fresh.say(start, descriptors);
         tracing::info!(role = %self.role, pid = process.pid(), successor = fresh.pid(), "worker is being replaced");
