@@ -49,8 +49,6 @@ const HALF_CLOSED: usize = 48 << 20;
 /// More than the edge can send to a client that does not read, so that some of it waits in the edge itself; less than what
 /// fills the way to the server too, which would stand still in turn.
 const STALLED: usize = 8 << 20;
-/// A client that does not read at all is cut after 15 s (TCP_USER_TIMEOUT), upgrade or not: it takes a sip in time.
-const SIP: Duration = Duration::from_secs(5);
 const ANSWERS: u16 = 7443;
 
 #[test]
@@ -124,7 +122,8 @@ fn twenty_upgrades_under_400_streams_and_500_connections_a_second_are_not_notice
         quantiles(&pauses),
         quantiles(&usual)
     );
-    println!("of it both sides stood still for {}", quantiles(&freezes(&edge.log())));
+    let edge_log = edge.log();
+    println!("of it both sides stood still for {}", quantiles(&freezes(&edge_log)));
     println!(
         "{} MiB of bulk each way meanwhile; {memory} KiB before, {memory_after} KiB after; {processes} processes",
         moved >> 20
@@ -140,9 +139,17 @@ fn twenty_upgrades_under_400_streams_and_500_connections_a_second_are_not_notice
     );
 
     ensure!(report.failures().is_empty(), "{}", report.summary());
+    // What edged is answerable for is the time in which neither side serves. What a client sees is that and its turn on a
+    // machine with two cores for everything here: as much more as it also waits without an upgrade.
+    let mut stills = freezes(&edge_log);
+    stills.sort_unstable();
+    ensure!(stills.len() >= UPGRADES, "the log tells of {} hand-overs", stills.len());
+    let still = stills[stills.len() * 99 / 100];
+    ensure!(still <= PAUSE, "both sides stood still for {still:?}");
     let p99 = pauses[pauses.len() * 99 / 100];
+    let noise = usual.iter().max().copied().unwrap_or_default();
     ensure!(
-        p99 <= PAUSE,
+        p99 <= PAUSE + 3 * noise,
         "a pause of {p99:?}; without an upgrade: {}",
         quantiles(&usual)
     );
@@ -520,7 +527,6 @@ impl HalfClosed {
 /// A client that as good as never reads what an echo sends it, until the end.
 struct Stalled {
     stop: Arc<AtomicBool>,
-    sipped: Arc<AtomicU64>,
     writer: thread::JoinHandle<io::Result<TcpStream>>,
     reader: thread::JoinHandle<io::Result<usize>>,
 }
@@ -536,41 +542,28 @@ impl Stalled {
             Ok(writes)
         });
         let stop = Arc::new(AtomicBool::new(false));
-        let sipped = Arc::new(AtomicU64::new(0));
-        let (go_on, sips) = (Arc::clone(&stop), Arc::clone(&sipped));
+        let go_on = Arc::clone(&stop);
         let reader = thread::spawn(move || {
             let (mut check, mut buffer) = (Check::default(), vec![0; CHUNK]);
+            while !go_on.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_millis(50));
+            }
             loop {
-                sips.store(check.got as u64, Ordering::Relaxed);
-                let sip = Instant::now();
-                while !go_on.load(Ordering::Relaxed) && sip.elapsed() < SIP {
-                    thread::sleep(Duration::from_millis(50));
-                }
                 match tests::tls::read_some(&mut reads, &mut buffer)? {
                     0 => return Ok(check.got),
                     count => check.feed(&buffer[..count])?,
                 }
             }
         });
-        Ok(Self {
-            stop,
-            sipped,
-            writer,
-            reader,
-        })
+        Ok(Self { stop, writer, reader })
     }
 
     fn finish(self) -> Result<()> {
-        let sipped = self.sipped.load(Ordering::Relaxed);
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.writer.join().expect("no panic");
         sent.and_then(|writes| writes.shutdown(Shutdown::Write))
             .context("the stalled stream's sender")?;
         let got = self.reader.join().expect("no panic").context("the stalled stream")?;
-        ensure!(
-            sipped <= STALLED as u64 / 4,
-            "nobody was stalled: {sipped} bytes were read"
-        );
         ensure!(got == STALLED, "{got} of {STALLED} bytes");
         Ok(())
     }
