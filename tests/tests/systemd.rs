@@ -150,6 +150,57 @@ fn nobody_is_refused_while_the_supervisor_is_killed_or_restarted() -> Result<()>
 }
 
 #[test]
+fn another_binary_takes_over_under_the_unit_and_systemd_sees_no_restart() -> Result<()> {
+    for suite in suites()? {
+        let world = World::boot(suite)?;
+        let debian = &world.debian;
+        debian.sh("systemctl enable --now edged")?;
+        let (supervisor, sockets) = (debian.property("MainPID")?, world.listeners()?);
+        let before = world.pids()?;
+        let mut session = Session::open(&world.client, world.edge.at(PORT), PATIENCE)?;
+        let load = Load::of_echoes(&world.client, world.edge.at(PORT), 200, PATIENCE);
+        wait_until("the load is served", PATIENCE, || load.so_far().served() >= 100)?;
+        // The same code with another build id, put where a package would put it.
+        debian.sh(
+            "perl -0777 -pe 's/(\\x04\\0\\0\\0\\x14\\0\\0\\0\\x03\\0\\0\\0GNU\\0)(.)/$1.chr(ord($2)^1)/se' \
+             /usr/bin/edged > /usr/bin/edged.new && chmod 755 /usr/bin/edged.new && mv /usr/bin/edged.new /usr/bin/edged",
+        )?;
+        let said = debian.sh("edgectl upgrade /usr/bin/edged")?;
+        println!("{suite}: {said}");
+        session.echo().context("a session across the upgrade")?;
+        let served = load.so_far().served();
+        wait_until("the load is served on", PATIENCE, || {
+            load.so_far().served() >= served + 200
+        })?;
+        let report = load.stop();
+        println!("{suite}, across an upgrade: {}", report.summary());
+        assert!(
+            report.failures().is_empty(),
+            "{suite}: {}\n{}",
+            report.summary(),
+            debian.log()
+        );
+        assert_eq!(debian.property("MainPID")?, supervisor, "{suite}: the same process");
+        assert_eq!(debian.property("NRestarts")?, "0", "{suite}");
+        assert_eq!(world.listeners()?, sockets, "{suite}: the same sockets");
+        let after = world.pids()?;
+        assert_eq!(after.len(), before.len(), "{suite}: {before:?}, then {after:?}");
+        assert!(
+            after.keys().filter(|pid| before.contains_key(*pid)).eq([&supervisor]),
+            "{suite}: every worker is another: {before:?}, then {after:?}"
+        );
+        // What systemd holds and what it is told still fit: a reload, and a kill that its descriptor store makes good.
+        debian.sh("systemctl reload edged")?;
+        debian.kill_supervisor()?;
+        wait_until("it serves again", PATIENCE, || {
+            Session::open(&world.client, world.edge.at(PORT), PATIENCE).is_ok()
+        })?;
+        assert_eq!(world.listeners()?, sockets, "{suite}: the same sockets after a kill");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_supervisor_that_hangs_is_replaced_and_nobody_is_refused() -> Result<()> {
     let world = World::boot("trixie")?;
     let debian = &world.debian;

@@ -98,6 +98,9 @@ struct SessionRecord {
     last_byte: Moment,
     client_nodelay: bool,
     reset_at: Option<Moment>,
+    /// The kernel has been told to wait for it.
+    #[serde(default)]
+    patient: [bool; 2],
     /// Only of an established session.
     backend: Option<BackendRecord>,
     up: Record,
@@ -332,6 +335,7 @@ impl Reactor {
         session.header = record.header.map(Box::new);
         session.last_byte = record.last_byte;
         session.reset_at = record.reset_at;
+        session.patient = record.patient;
         session.client_nodelay = record.client_nodelay;
         session.up = Direction::restored(&record.up, &up_rest, pipe(&record.up, &mut descriptors));
         session.down = Direction::restored(&record.down, &down_rest, pipe(&record.down, &mut descriptors));
@@ -424,6 +428,7 @@ fn write_down(
         last_byte: session.last_byte,
         client_nodelay: session.client_nodelay,
         reset_at: session.reset_at,
+        patient: session.patient,
         backend,
         up,
         down,

@@ -19,6 +19,7 @@ use rustix::process::Signal;
 use tests::{
     Edge, Lab, Node,
     capture::Capture,
+    edge::{other_build, program},
     load::{End, Load},
     process, tls, wait_for, wait_until,
     world::PORT,
@@ -45,6 +46,7 @@ pub(crate) fn run(story: &mut Story) -> Result<()> {
     stage.bring_it_back(story)?;
     stage.blackhole_a_server(story)?;
     stage.reload(story)?;
+    stage.upgrade(story)?;
     stage.kill_the_worker(story)?;
     stage.judge_the_watch(story)?;
     stage.why(story)
@@ -321,15 +323,7 @@ impl Stage {
         let watcher = self.way.speech.watcher();
         let socket = self.watch.socket(front).context("the watch is connected")?;
         let begin = story.event(format!("(e) five reloads while {watcher} lives on {socket}"));
-        let ends = |stage: &Self| -> usize {
-            stage
-                .idles
-                .iter()
-                .flat_map(Idle::lives)
-                .filter(|life| life.until.is_some())
-                .count()
-        };
-        let ended = ends(self);
+        let ended = self.ended();
         self.edge
             .reload(&self.config.with("1s", &self.config.second(self.node.at(7443))))?;
         let second = self.node.at(7443);
@@ -398,7 +392,7 @@ impl Stage {
                 broken.packets.len()
             ),
         );
-        let ended = ends(self) - ended;
+        let ended = self.ended() - ended;
         story.claim(
             ended == 0,
             format!("{ended} of {} idle watches were cut", self.idles.len()),
@@ -409,6 +403,68 @@ impl Stage {
             format!("new connections noticed nothing: {}", report.summary()),
         );
         Ok(())
+    }
+
+    fn upgrade(&mut self, story: &mut Story) -> Result<()> {
+        let front = self.way.front;
+        let watcher = self.way.speech.watcher();
+        let socket = self.watch.socket(front).context("the watch is connected")?;
+        let new = other_build(&program("edged")?, &self.node.file("edged-other"))?;
+        let (supervisor, worker) = (self.edge.pid(), self.edge.worker("lb")?);
+        let begin = story.event(format!(
+            "(g) edgectl upgrade, to another build, while {watcher} lives on {socket}"
+        ));
+        let ended = self.ended();
+        let said = self.edge.upgrade(&new)?;
+        let now = self.edge.worker("lb")?;
+        let builds = self.edge.builds()?;
+        let one = builds.first().map(|(_, build)| build.clone()).unwrap_or_default();
+        story.claim(
+            said.code == Some(0) && now != worker && self.edge.pid() == supervisor && builds.iter().all(|(_, b)| *b == one),
+            format!(
+                "build {one} runs in every process, {supervisor} is still {supervisor}, and {now} serves for {worker}: it took {}",
+                human(said.took)
+            ),
+        );
+        self.settle()?;
+        let seen = self.watch.seen().len();
+        wait_until("the watch sees more", PATIENCE, || self.watch.seen().len() > seen + 3)?;
+        let end = Mark::now();
+        let now = self.watch.socket(front);
+        let wire = self
+            .capture
+            .so_far()?
+            .between(begin.wall, end.wall)
+            .socket(socket, front);
+        let broken = wire.filter(|packet| packet.syn() || packet.syn_ack() || packet.fin() || packet.rst());
+        let payload: usize = wire.packets.iter().map(|packet| packet.payload).sum();
+        story.claim(
+            now == Some(socket) && broken.packets.is_empty() && payload > 0,
+            format!(
+                "{watcher} is still on {}, in another process: {} packets with {payload} bytes on the wire, {} of them SYN, FIN or RST",
+                now.map_or_else(|| "no socket".to_owned(), |now| now.to_string()),
+                wire.packets.len(),
+                broken.packets.len()
+            ),
+        );
+        let ended = self.ended() - ended;
+        story.claim(
+            ended == 0,
+            format!("{ended} of {} idle watches were cut", self.idles.len()),
+        );
+        let report = self.prober.so_far().between(begin.at, end.at);
+        story.claim(
+            report.failures().is_empty() && report.slowest() < SLACK,
+            format!("new connections noticed nothing: {}", report.summary()),
+        );
+        self.claim_writes(story, begin, end, CONNECT_TIMEOUT);
+        Ok(())
+    }
+
+    /// Idle watches that have ended so far.
+    fn ended(&self) -> usize {
+        let lives = self.idles.iter().flat_map(Idle::lives);
+        lives.filter(|life| life.until.is_some()).count()
     }
 
     fn kill_the_worker(&mut self, story: &mut Story) -> Result<()> {
