@@ -15,6 +15,7 @@ pub mod node;
 pub mod notify;
 pub mod references;
 pub mod sandbox;
+mod signals;
 pub mod store;
 pub mod supervisor;
 pub mod web;

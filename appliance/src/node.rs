@@ -22,12 +22,13 @@ use lb::{
     io::{Command, Links, Opened},
     status::{Answer, Request, State, Status},
 };
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, oneshot},
-};
+use tokio::sync::{mpsc, oneshot};
 
-use crate::notify::{Environment, Notify};
+use crate::{
+    notify::{Environment, Notify},
+    signals::{Signals, Told},
+    worker::abort_on_panic,
+};
 
 /// Where kubelet and the rest of the node find the API.
 pub const PORT: u16 = 16443;
@@ -37,6 +38,8 @@ const LOOK: Duration = Duration::from_secs(1);
 const CHECK: Duration = Duration::from_secs(10);
 /// For running sessions when the process is stopped.
 const GRACE: Duration = Duration::from_secs(1);
+/// For the balancer to answer; with the next look, less than the unit's watchdog waits.
+const ANSWER: Duration = Duration::from_secs(2);
 /// Largest file of backends.
 const MOST: u64 = 64 << 10;
 
@@ -126,6 +129,7 @@ impl List {
 
 /// Runs node mode to its end.
 pub fn main(options: Options, environment: Environment) -> ExitCode {
+    abort_on_panic("edged");
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -158,8 +162,7 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
         commits,
     };
     tracing::info!(version = env!("CARGO_PKG_VERSION"), backends = %list, "balancing on 127.0.0.1:{PORT} and [::1]:{PORT}");
-    let serving = lb::io::run(config, opened, Vec::new(), None, 1, links, None);
-    let mut serving = std::pin::pin!(serving);
+    let mut serving = tokio::spawn(lb::io::run(config, opened, Vec::new(), None, 1, links, None));
     let mut running = list;
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -167,14 +170,14 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
     let mut ready = false;
     loop {
         tokio::select! {
-            ended = serving.as_mut() => return ended.map_err(|error| error.to_string()),
+            ended = &mut serving => return ended_by(ended),
             _ = look.tick() => {}
             why = signals.next() => match why {
-                Told::Look => source.seen = None,
-                Told::Stop => {
+                Told::Reload => source.seen = None,
+                Told::Stop(_) => {
                     notify.stopping();
                     let _ = commands.send(Command::Stop { grace: GRACE }).await;
-                    return serving.await.map_err(|error| error.to_string());
+                    return ended_by(serving.await);
                 }
             },
         }
@@ -186,13 +189,16 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
                 ..surroundings()
             };
             let reload = Command::Reload { config, opened, done };
-            match drive(serving.as_mut(), &commands, reload, result).await {
+            match tell(&commands, reload, result).await {
                 Some(Ok(())) => {
                     tracing::info!(backends = %list, "another list of API servers");
                     running = list;
                 }
                 Some(Err(error)) => tracing::error!("the new list is not in effect, the last one serves on: {error}"),
-                None => return Err("the balancer has ended".into()),
+                None => {
+                    tracing::error!("the balancer does not answer: the new list is tried again");
+                    source.seen = None;
+                }
             }
         }
         let (reply, result) = oneshot::channel();
@@ -200,19 +206,15 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
             request: Request::Status,
             reply,
         };
-        let Some(Answer::Status(status)) = drive(serving.as_mut(), &commands, ask, result).await else {
-            return Err("the balancer has ended".into());
+        let Some(Answer::Status(status)) = tell(&commands, ask, result).await else {
+            continue;
         };
         if !ready {
             ready = true;
             notify.ready();
         }
         let (pong, alive) = oneshot::channel();
-        if notify.watchdog().is_some()
-            && drive(serving.as_mut(), &commands, Command::Ping(pong), alive)
-                .await
-                .is_some()
-        {
+        if notify.watchdog().is_some() && tell(&commands, Command::Ping(pong), alive).await.is_some() {
             notify.alive();
         }
         let line = summary(&status);
@@ -223,21 +225,25 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
     }
 }
 
-/// Gives the balancer, which runs on this very task, a command and the time to answer it.
-async fn drive<T>(
-    mut serving: std::pin::Pin<&mut impl Future<Output = Result<(), lb::io::Error>>>,
-    commands: &mpsc::Sender<Command>,
-    command: Command,
-    answer: oneshot::Receiver<T>,
-) -> Option<T> {
+/// The balancer's end, which is this process's.
+fn ended_by(ended: Result<Result<(), lb::io::Error>, tokio::task::JoinError>) -> Result<(), String> {
+    match ended {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(format!(
+            "the balancer has ended: {error}\nnothing is balanced on this node; see the lines above"
+        )),
+        Err(error) => Err(format!("the balancer has ended: {error}; please report this line")),
+    }
+}
+
+/// Gives the balancer a command and time to answer it; `None` if it does not. A machine that was paused or has no
+/// processor to spare makes it late, and that is no reason to end.
+async fn tell<T>(commands: &mpsc::Sender<Command>, command: Command, answer: oneshot::Receiver<T>) -> Option<T> {
     let asked = async {
         commands.send(command).await.ok()?;
-        tokio::time::timeout(Duration::from_secs(2), answer).await.ok()?.ok()
+        answer.await.ok()
     };
-    tokio::select! {
-        _ = serving.as_mut() => None,
-        answer = asked => answer,
-    }
+    tokio::time::timeout(ANSWER, asked).await.ok()?
 }
 
 /// The line of `systemctl status`.
@@ -495,35 +501,6 @@ fn parse(text: &str) -> Result<Vec<Address>, (Option<usize>, String)> {
         return Err((None, "it lists no API server; write a HOST:PORT on each line".into()));
     }
     Ok(list)
-}
-
-enum Told {
-    Look,
-    Stop,
-}
-
-struct Signals {
-    hup: Signal,
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            hup: signal(SignalKind::hangup())?,
-            term: signal(SignalKind::terminate())?,
-            int: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> Told {
-        tokio::select! {
-            _ = self.hup.recv() => Told::Look,
-            _ = self.term.recv() => Told::Stop,
-            _ = self.int.recv() => Told::Stop,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,6 @@ use std::{
 
 use tokio::{
     net::UnixListener,
-    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
@@ -46,6 +45,7 @@ use crate::{
     api::{Answer, Ask, Author, ConfigStatus, ConfigText, Op, Refusal, Status, Upgrade},
     build, config, control, log, metrics,
     notify::{Environment, Notify},
+    signals::{Signals, Told},
     worker::Role,
 };
 
@@ -399,35 +399,6 @@ fn end_on_panic() {
             std::process::abort();
         }
     }));
-}
-
-enum Told {
-    Reload,
-    Stop(&'static str),
-}
-
-struct Signals {
-    hup: Signal,
-    term: Signal,
-    int: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            hup: signal(SignalKind::hangup())?,
-            term: signal(SignalKind::terminate())?,
-            int: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> Told {
-        tokio::select! {
-            _ = self.hup.recv() => Told::Reload,
-            _ = self.term.recv() => Told::Stop("SIGTERM"),
-            _ = self.int.recv() => Told::Stop("SIGINT"),
-        }
-    }
 }
 
 /// Told when a worker runs for the first time.

@@ -183,10 +183,10 @@ fn deal(service: &Service, descriptors: Vec<OwnedFd>, before: usize) -> anyhow::
 }
 
 /// A panic ends the process: half a service is worse than one that is started again.
-fn abort_on_panic(role: &'static str) {
+pub(crate) fn abort_on_panic(role: &'static str) {
     std::panic::set_hook(Box::new(move |info| {
         log::start(role, &config::Log::default());
-        tracing::error!("{info}; the worker ends and is started again; please report this line");
+        tracing::error!("{info}; the process ends and is started again; please report this line");
         std::process::abort();
     }));
 }

@@ -8,7 +8,6 @@
 //! ```
 
 use std::{
-    net::SocketAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -297,9 +296,4 @@ fn answer(leg: &Leg, flags: epoll::EventFlags) -> Option<Result<(), Failure>> {
 /// This machine has run out of something.
 const fn is_shortage(error: Errno) -> bool {
     matches!(error, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
-}
-
-/// The address without the IPv4-mapped disguise.
-pub(super) fn plain(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -309,8 +309,9 @@ impl Reactor {
         to.blocking_send(FromThread::Finished).map_err(drop)
     }
 
-    /// Takes a session over from a predecessor.
-    pub(super) fn adopt(&mut self, moved: Moved) {
+    /// Takes a session over from a predecessor; `false` if it cannot. Until the word has come the connection is not ours:
+    /// letting go of it leaves it to the predecessor as it was.
+    pub(super) fn adopt(&mut self, moved: Moved) -> bool {
         let now = self.now;
         let Moved {
             frontend,
@@ -325,7 +326,7 @@ impl Reactor {
             }
             Some([descriptors.next()?, descriptors.next()?])
         };
-        let Some(client) = descriptors.next() else { return };
+        let Some(client) = descriptors.next() else { return false };
         let leg = record.backend.as_ref().zip(if record.backend.is_some() {
             descriptors.next()
         } else {
@@ -357,16 +358,17 @@ impl Reactor {
                 tuned: backend.tuned,
             });
         } else if session.phase == Phase::Relaying {
-            session.phase = Phase::Dialling;
+            // Half a connection: another backend would get the rest of a conversation.
+            return false;
         }
         let key = self.slab.put(Content::Session(Box::new(session)));
-        self.watch_adopted(key);
+        self.watch_adopted(key)
     }
 
     /// The sockets report at once what they are ready for.
-    fn watch_adopted(&mut self, key: Key) {
+    fn watch_adopted(&mut self, key: Key) -> bool {
         let Self { epoll, slab, .. } = self;
-        let Some(session) = slab.session(key) else { return };
+        let Some(session) = slab.session(key) else { return false };
         let flags = if session.client_watched { READ_WRITE } else { READ };
         let mut watched = epoll::add(&*epoll, &session.client, Whose::Client(key).pack(), flags);
         if let Some(leg) = &session.backend {
@@ -374,13 +376,13 @@ impl Reactor {
         }
         let phase = session.phase;
         if watched.is_err() {
-            self.end(key, super::session::End::Reset);
-            return;
+            return false;
         }
         // Whoever has no backend yet gets one once this side serves.
         if phase != Phase::Dialling {
             self.arm(key);
         }
+        true
     }
 }
 

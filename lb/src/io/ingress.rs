@@ -6,7 +6,6 @@ use std::{net::SocketAddr, sync::atomic::AtomicU64};
 use rustix::{io::Errno, net::RecvFlags};
 
 use super::{
-    dial::plain,
     frontend::Refusal,
     reactor::Reactor,
     session::{End, Phase, Session, Told},
@@ -75,7 +74,7 @@ pub(super) fn head(session: &Session) -> Option<Box<Head>> {
         _ => rustix::net::getsockname(&session.client)
             .ok()
             .and_then(|any| SocketAddr::try_from(any).ok())
-            .map_or(session.source, plain),
+            .map_or(session.source, proxy::unmap),
     };
     let id = session.frontend.next_id();
     tracing::debug!(
@@ -135,8 +134,8 @@ impl Reactor {
         session.up.readable = peeked > len || session.up.fin;
         session.header = Some(Box::new(match told {
             Some((source, destination)) => {
-                session.source = plain(source);
-                Told::Destination(plain(destination))
+                session.source = proxy::unmap(source);
+                Told::Destination(proxy::unmap(destination))
             }
             None => Told::Nothing,
         }));

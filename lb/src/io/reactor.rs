@@ -313,7 +313,11 @@ impl Reactor {
                 }
                 Order::Reset(frontend, id) => self.reset_sessions(&frontend, id),
                 Order::Shed(frontend, id, left) => self.shed(&frontend, id, &left),
-                Order::Adopt(moved) => moved.into_iter().for_each(|moved| self.adopt(moved)),
+                Order::Adopt(moved, answer) => {
+                    let whole = moved.into_iter().all(|moved| self.adopt(moved));
+                    // Whoever does not listen any more does not take over.
+                    let _ = answer.send(whole);
+                }
                 Order::Freeze(freeze) => self.freeze(freeze),
                 Order::Stop(at) => {
                     self.listeners.clear();

@@ -35,14 +35,14 @@ use crate::{
 
 /// Health and counters are written down at least this often, and at once when a backend's state changes.
 const REMEMBER: Duration = Duration::from_secs(1);
+/// ... but not more often than this.
+const REMEMBER_LEAST: Duration = Duration::from_millis(20);
+/// Between two looks at whether backends have more than their share.
+const SHED: Duration = Duration::from_secs(6);
 /// Descriptors that a successor expects; more cost it a moment each time their number doubles.
 const INHERITED: u32 = 16_384;
 /// Copies of descriptors on their way to a successor, and what a process has beside its sessions.
 const COPIES: u32 = 6_000;
-/// Between two looks at whether backends have more than their share.
-const SHED: Duration = Duration::from_secs(6);
-/// ... but not more often than this.
-const REMEMBER_LEAST: Duration = Duration::from_millis(20);
 
 /// What ends the service; a restart may cure it.
 #[derive(Debug, thiserror::Error)]
@@ -284,6 +284,7 @@ impl Service {
         } = inheritance;
         let mut begun = false;
         let mut thread = 0;
+        let (adopted, mut adoptions) = mpsc::unbounded_channel();
         let mut orphans: BTreeMap<String, Arc<Frontend>> = BTreeMap::new();
         loop {
             let part = parts
@@ -311,11 +312,17 @@ impl Service {
                         thread += 1;
                     }
                     for (thread, sessions) in moved.into_iter().enumerate().filter(|(_, some)| !some.is_empty()) {
-                        self.threads.tell(thread, Order::Adopt(sessions));
+                        self.threads.tell(thread, Order::Adopt(sessions, adopted.clone()));
                     }
                 }
                 (Said::End, true) => break,
                 _ => return Err(Error::HandOver("the predecessor's parts are out of order".into())),
+            }
+        }
+        drop(adopted);
+        while let Some(whole) = adoptions.recv().await {
+            if !whole {
+                return Err(Error::HandOver("not every session could be taken in".into()));
             }
         }
         tracing::info!(sessions = thread, "taken over");

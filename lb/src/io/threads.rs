@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, eventfd};
+use tokio::sync::mpsc;
 
 use super::{
     frontend::Frontend,
@@ -35,8 +36,8 @@ pub(crate) enum Order {
     /// Close quiet sessions of a backend that has more than its share; all threads together as many as the counter
     /// says.
     Shed(Arc<Frontend>, BackendId, Arc<AtomicU32>),
-    /// Sessions that a predecessor has handed over.
-    Adopt(Vec<Moved>),
+    /// Sessions that a predecessor has handed over; the answer says whether all could be taken in.
+    Adopt(Vec<Moved>, mpsc::UnboundedSender<bool>),
     /// Stand still and hand every session over.
     Freeze(Freeze),
     /// Accept no more; end when the last session has, or at the moment given.
