@@ -461,18 +461,17 @@ impl AcceptProxy {
 }
 
 impl Limits {
-    /// Whether there is any limit.
-    pub fn is_any(&self) -> bool {
+    /// Whether each client has to be judged by its address; the number of all sessions is known without.
+    pub fn judge_clients(&self) -> bool {
         let Self {
-            sessions,
+            sessions: _,
             source_rate,
             source_burst: _,
             source_sessions,
             allow,
             deny,
         } = self;
-        let numbers = [sessions, source_rate, source_sessions];
-        numbers.iter().any(|limit| limit.is_some()) || !allow.is_empty() || !deny.is_empty()
+        source_rate.is_some() || source_sessions.is_some() || !allow.is_empty() || !deny.is_empty()
     }
 
     /// Connections per second of one source and how many it may make at once; `None` = no limit.

@@ -1,4 +1,5 @@
-//! Who may connect to one frontend, and how much: networks, sessions, and per source rate and sessions.
+//! Who may connect to one frontend, and how much: networks, and per source rate and sessions. How many sessions there are in
+//! all, the frontend itself knows.
 //!
 //! A source is an IPv4 address or an IPv6 /64, since one host has a whole /64 to itself. What is known of a source is
 //! one slot in a table of fixed size, which takes no more than 1 MiB however many there are. Pure: `now` comes in.
@@ -34,10 +35,8 @@ pub enum Refused {
 pub struct Limits {
     allow: Vec<Cidr>,
     deny: Vec<Cidr>,
-    most: Option<u64>,
     most_per_source: Option<u32>,
     rate: Option<Rate>,
-    sessions: u64,
     /// Empty without limits per source.
     slots: Vec<Slot>,
     seed: u64,
@@ -82,10 +81,8 @@ impl Limits {
         let mut limits = Self {
             allow: Vec::new(),
             deny: Vec::new(),
-            most: None,
             most_per_source: None,
             rate: None,
-            sessions: 0,
             slots: Vec::new(),
             seed,
         };
@@ -97,7 +94,6 @@ impl Limits {
     pub fn reconfigure(&mut self, config: &config::Limits) {
         self.allow = config.allow.iter().map(|at| at.value).collect();
         self.deny = config.deny.iter().map(|at| at.value).collect();
-        self.most = config.sessions.as_ref().map(|at| u64::from(at.value));
         self.most_per_source = config.source_sessions.as_ref().map(|at| at.value);
         self.rate = config.source_rate().map(|(rate, burst)| {
             let token = Duration::from_secs(1) / rate.max(1);
@@ -128,9 +124,6 @@ impl Limits {
         if within(&self.deny) || !(self.allow.is_empty() || within(&self.allow)) {
             return Err(Refused::Denied);
         }
-        if self.most.is_some_and(|most| self.sessions >= most) {
-            return Err(Refused::Sessions);
-        }
         let (rate, most) = (self.rate, self.most_per_source);
         let Some(slot) = self.slot(source) else {
             return Ok(());
@@ -151,7 +144,6 @@ impl Limits {
 
     /// A session of `source` is running, whether it was asked for or comes from another process.
     pub fn admitted(&mut self, source: IpAddr) {
-        self.sessions = self.sessions.saturating_add(1);
         if let Some(slot) = self.slot(source) {
             slot.sessions = slot.sessions.saturating_add(1);
         }
@@ -159,7 +151,6 @@ impl Limits {
 
     /// A session of `source` that was [`Limits::admitted`] has ended.
     pub fn left(&mut self, source: IpAddr) {
-        self.sessions = self.sessions.saturating_sub(1);
         let source = key(source);
         let mut group = self.group(source).iter_mut();
         if let Some(slot) = group.find(|slot| slot.source == source && slot.sessions > 0) {
@@ -254,8 +245,8 @@ mod tests {
     }
 
     #[test]
-    fn sessions_are_limited_in_all_and_per_source_until_they_leave() {
-        let mut limits = limits("sessions = 3\nsource_sessions = 2");
+    fn sessions_are_limited_per_source_until_they_leave() {
+        let mut limits = limits("source_sessions = 2");
         let (one, two) = (ip("192.0.2.1"), ip("2001:db8::1"));
         let mut open = |source| {
             let answer = limits.admit(source, at(0.0));
@@ -266,13 +257,16 @@ mod tests {
         };
         assert_eq!([open(one), open(one)], [Ok(()), Ok(())]);
         assert_eq!(open(one), Err(Refused::SourceSessions));
-        assert_eq!([open(two), open(two)], [Ok(()), Err(Refused::Sessions)]);
+        assert_eq!(open(two), Ok(()));
         limits.left(one);
         assert_eq!(limits.admit(one, at(0.0)), Ok(()));
         limits.left(two);
         limits.left(two);
         limits.left(two);
-        assert_eq!(limits.sessions, 0, "one that never was is no debt");
+        for answer in [Ok(()), Ok(()), Err(Refused::SourceSessions)] {
+            let open = limits.admit(two, at(0.0)).inspect(|()| limits.admitted(two));
+            assert_eq!(open, answer, "one that never was is no debt");
+        }
     }
 
     #[test]
@@ -329,7 +323,6 @@ mod tests {
         let admitted = (500_000..501_000).filter(|number| limits.admit(source(*number), at(0.0)).is_ok());
         assert_eq!(admitted.count(), 1000);
         (0..500_000).for_each(|number| limits.left(source(number)));
-        assert_eq!(limits.sessions, 0);
         assert!(limits.slots.iter().all(|slot| slot.sessions == 0));
     }
 
@@ -350,7 +343,7 @@ mod tests {
             Ok(()),
             "the smaller bucket fills in its own time"
         );
-        limits.reconfigure(&config("sessions = 1"));
+        limits.reconfigure(&config("allow = [\"192.0.2.0/24\"]"));
         assert!(limits.slots.is_empty());
         assert_eq!(limits.admit(source, at(0.7)), Ok(()));
     }

@@ -217,7 +217,7 @@ impl Frontend {
             retries: AtomicU64::new(0),
             local_errors: AtomicU64::new(0),
             limits: Mutex::new(Limits::of(&config.limits, seed)),
-            limited: AtomicBool::new(is_limited(&config.limits)),
+            limited: AtomicBool::new(config.limits.judge_clients()),
             refused: Mutex::default(),
             next_id: ingress::first_id(),
             threads,
@@ -313,7 +313,7 @@ impl Frontend {
     pub(crate) fn reconfigure(&self, config: &config::Frontend, seed: u64, now: Moment) {
         self.rules.store(Arc::new(Rules::of(config)));
         lock(&self.limits).reconfigure(&config.limits);
-        self.limited.store(is_limited(&config.limits), Relaxed);
+        self.limited.store(config.limits.judge_clients(), Relaxed);
         let mut core = self.core();
         let actions = core.pool.reconfigure(Settings::of(config, seed), &plain(config), now);
         core.config = config.clone();
@@ -672,14 +672,6 @@ impl Core {
 
 fn plain(config: &config::Frontend) -> Vec<config::Backend> {
     config.backends.iter().map(|at| at.value.clone()).collect()
-}
-
-/// Whether each client has to be asked for; the number of sessions is known without.
-fn is_limited(limits: &config::Limits) -> bool {
-    limits.source_rate.is_some()
-        || limits.source_sessions.is_some()
-        || !limits.allow.is_empty()
-        || !limits.deny.is_empty()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
