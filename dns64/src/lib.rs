@@ -2,8 +2,10 @@
 //!
 //! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
 
+pub mod answer;
 pub mod prefix;
 
+pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
 
 /// Runs the examples of the README.
