@@ -536,7 +536,7 @@ fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
         let _ = sender.send(all);
     });
     let accept = "accept_proxy = { from = ['127.0.0.0/8'], timeout = '1s' }\nproxy_protocol = 'v1'";
-    let lb = Balancer::start(&[server], accept);
+    let mut lb = Balancer::start(&[server], accept);
     let send = |pieces: &[&[u8]]| {
         let mut stream = lb.connect();
         stream.set_nodelay(true).expect("nodelay");
@@ -596,6 +596,10 @@ fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
         "an untrusted source"
     );
     lb.wait("sessions end", |status| status.frontends[0].sessions == 0);
+    let refused = lb.status().frontends[0].refused;
+    assert!(refused.proxy_header >= 3 && refused.proxy_untrusted == 1, "{refused:?}");
+    let new = lb.successor(usize::MAX).expect("it takes over");
+    assert_eq!(new.status().frontends[0].refused, refused);
 }
 
 /// One answer through the balancer from the backend of the hand-over's test.

@@ -182,6 +182,7 @@ impl Beside {
 pub(crate) struct Memory {
     pool: Snapshot,
     counters: [u64; 4],
+    refused: Refusals,
     backends: BTreeMap<String, BackendMemory>,
 }
 
@@ -622,6 +623,7 @@ impl Frontend {
         Memory {
             pool: core.pool.snapshot(now),
             counters,
+            refused: lock(&self.refused).counts,
             backends,
         }
     }
@@ -634,6 +636,7 @@ impl Frontend {
         for (counter, value) in counters.into_iter().zip(memory.counters) {
             counter.store(value, Relaxed);
         }
+        lock(&self.refused).counts = memory.refused;
         for (id, status) in core.statuses(now) {
             let name = core.pool.name_of(id).unwrap_or(status.backend);
             if let Some(memory) = memory.backends.get(&name) {
