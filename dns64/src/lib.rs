@@ -4,9 +4,11 @@
 
 pub mod answer;
 pub mod prefix;
+pub mod question;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
+pub use question::Question;
 
 /// Runs the examples of the README.
 #[cfg(doctest)]
