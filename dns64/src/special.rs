@@ -1,0 +1,261 @@
+//! Names that a resolver answers itself, since nobody else knows better: `ipv4only.arpa` (RFC 7050, RFC 8880), the
+//! special-use names of RFC 6761 and its successors, and the zones of RFC 6303, which would leak to the root.
+//!
+//! [`answer`] comes before all else; [`Local`] comes last, for what neither a zone, nor hosts, nor a prefix knows, and what
+//! is not forwarded by its own rule.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use hickory_proto::{
+    op::ResponseCode,
+    rr::{
+        DNSClass, Name, RData, Record, RecordType,
+        rdata::{A, AAAA, NS, PTR, SOA},
+    },
+};
+
+use crate::{
+    Answer,
+    question::Question,
+    reverse,
+    synthesis::{self, Rules},
+};
+
+/// The addresses of `ipv4only.arpa` (RFC 7050 §2.2).
+pub const IPV4ONLY: [Ipv4Addr; 2] = [Ipv4Addr::new(192, 0, 0, 170), Ipv4Addr::new(192, 0, 0, 171)];
+/// Seconds that what is said of them lives: whoever learns the prefix from it asks again after that (RFC 7050 §3), as after
+/// the default lifetime of a prefix that a router announces.
+const IPV4ONLY_TTL: u32 = 1800;
+/// Seconds that a locally served zone lives (RFC 6303 §3).
+const LOCAL_TTL: u32 = 10_800;
+
+/// Answers the names that are special whatever the configuration says: `ipv4only.arpa`, what its addresses are called,
+/// `localhost`, `invalid` and `onion`. `None` for all others.
+pub fn answer(rules: &Rules, question: &Question) -> Option<Answer> {
+    if question.class != DNSClass::IN {
+        return None;
+    }
+    let labels: Vec<&[u8]> = question.name.iter().rev().take(2).collect();
+    match labels.as_slice() {
+        [b"arpa", b"ipv4only"] => ipv4only(rules, question),
+        [b"arpa", b"in-addr" | b"ip6"] => ipv4only_reverse(rules, question),
+        [b"localhost", ..] => Some(localhost(question)),
+        [b"invalid" | b"onion", ..] => Some(denial(&question.name.trim_to(1), ResponseCode::NXDomain)),
+        _ => None,
+    }
+}
+
+/// RFC 8880 §7.1: never forwarded, never validated.
+fn ipv4only(rules: &Rules, question: &Question) -> Option<Answer> {
+    let apex = question.name.trim_to(2);
+    if question.name != apex {
+        return Some(denial(&apex, ResponseCode::NXDomain));
+    }
+    // Bypasses what a prefix may stand for: these two are not global, and are asked for under the well-known prefix, too.
+    let answers: Vec<RData> = match question.kind {
+        RecordType::A => IPV4ONLY.map(|v4| RData::A(A(v4))).into(),
+        RecordType::AAAA if !synthesis::wants_raw(question) => rules
+            .mappings
+            .iter()
+            .flat_map(|mapping| IPV4ONLY.map(|v4| RData::AAAA(AAAA(mapping.prefix.embed(v4)))))
+            .collect(),
+        _ => Vec::new(),
+    };
+    if answers.is_empty() {
+        return at_apex(&apex, question.kind);
+    }
+    Some(positive(&question.name, IPV4ONLY_TTL, answers))
+}
+
+/// RFC 8880 §7.2: the two addresses, themselves and under each prefix, are called `ipv4only.arpa`.
+fn ipv4only_reverse(rules: &Rules, question: &Question) -> Option<Answer> {
+    let named = |name: &Name| positive(name, IPV4ONLY_TTL, vec![RData::PTR(PTR(of("ipv4only.arpa.")))]);
+    if let Some(v6) = reverse::address(&question.name) {
+        let stands_for = |v4: Ipv4Addr| IPV4ONLY.contains(&v4);
+        let mut mappings = rules.mappings.iter();
+        let prefix = mappings
+            .find(|mapping| mapping.prefix.extract(v6).is_some_and(stands_for))?
+            .prefix;
+        return Some(match question.kind {
+            RecordType::PTR => named(&question.name),
+            _ => denial(&reverse::apex(prefix), ResponseCode::NoError),
+        });
+    }
+    let apex = IPV4ONLY
+        .map(Name::from)
+        .into_iter()
+        .find(|apex| apex.zone_of(&question.name))?;
+    if question.name != apex {
+        return Some(denial(&apex, ResponseCode::NXDomain));
+    }
+    match question.kind {
+        RecordType::PTR => Some(named(&apex)),
+        kind => at_apex(&apex, kind),
+    }
+}
+
+/// RFC 6761 §6.3: it and all names below it are this machine.
+fn localhost(question: &Question) -> Answer {
+    let address = match question.kind {
+        RecordType::A => RData::A(A(Ipv4Addr::LOCALHOST)),
+        RecordType::AAAA => RData::AAAA(AAAA(Ipv6Addr::LOCALHOST)),
+        _ => return denial(&question.name.trim_to(1), ResponseCode::NoError),
+    };
+    positive(&question.name, LOCAL_TTL, vec![address])
+}
+
+/// The zones that are answered here rather than forwarded, unless somebody is known to have them.
+#[derive(Clone, Debug)]
+pub struct Local {
+    zones: HashMap<Name, Kind>,
+    elsewhere: Vec<Name>,
+}
+
+/// What a locally served zone has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// SOA and NS at its apex, and nothing below it (RFC 6303 §3).
+    Empty,
+    /// Not even an apex.
+    Missing,
+    /// The loopback address's reverse name, whose PTR is `localhost`.
+    Loopback,
+}
+
+impl Local {
+    /// Serves what is listed in the registries of locally served zones (RFC 6303 §4 and later) and of special-use names, save
+    /// at and below the names `elsewhere`: the domains that are forwarded by their own rule, the origins of zones that are
+    /// served here, and the apices of prefixes.
+    pub fn new(elsewhere: Vec<Name>) -> Self {
+        let mut zones: HashMap<Name, Kind> = EMPTY.iter().map(|name| (of(name), Kind::Empty)).collect();
+        // Networks of a first octet and a range of second ones.
+        for (first, seconds) in [(100_u8, 64..=127_u8), (172, 16..=31)] {
+            zones.extend(seconds.map(|second| (of(&format!("{second}.{first}.in-addr.arpa.")), Kind::Empty)));
+        }
+        zones.extend(MISSING.iter().map(|name| (of(name), Kind::Missing)));
+        zones.insert(Name::from(Ipv4Addr::LOCALHOST), Kind::Loopback);
+        zones.insert(Name::from(Ipv6Addr::LOCALHOST), Kind::Loopback);
+        Self { zones, elsewhere }
+    }
+
+    /// Answers `question` if its name lies in one of the zones; otherwise `None`.
+    pub fn answer(&self, question: &Question) -> Option<Answer> {
+        let last = question.name.iter().next_back()?;
+        let special = matches!(last, b"arpa" | b"test" | b"local");
+        if question.class != DNSClass::IN || !special || self.is_elsewhere(&question.name) {
+            return None;
+        }
+        // The longest first: the loopback address within its network.
+        let labels = question.name.iter().count();
+        let (apex, kind) = (1..=labels).rev().find_map(|labels| {
+            let apex = question.name.trim_to(labels);
+            self.zones.get(&apex).map(|kind| (apex, *kind))
+        })?;
+        let is_apex = apex == question.name;
+        match kind {
+            Kind::Missing => Some(self.negative(&apex, &question.name)),
+            Kind::Loopback if is_apex && question.kind == RecordType::PTR => {
+                Some(positive(&apex, LOCAL_TTL, vec![RData::PTR(PTR(of("localhost.")))]))
+            }
+            Kind::Empty | Kind::Loopback if is_apex => at_apex(&apex, question.kind),
+            Kind::Empty | Kind::Loopback => Some(self.negative(&apex, &question.name)),
+        }
+    }
+
+    fn is_elsewhere(&self, name: &Name) -> bool {
+        let mut elsewhere = self.elsewhere.iter();
+        elsewhere.any(|domain| !domain.is_root() && domain.zone_of(name))
+    }
+
+    /// That there is nothing at `name`; and nothing below it (RFC 8020), unless somebody has a name there.
+    fn negative(&self, apex: &Name, name: &Name) -> Answer {
+        let leads_on = self.elsewhere.iter().any(|domain| name.zone_of(domain));
+        denial(
+            apex,
+            if leads_on {
+                ResponseCode::NoError
+            } else {
+                ResponseCode::NXDomain
+            },
+        )
+    }
+}
+
+/// Zones without content: RFC 6303 §4, RFC 6761 §6.1, RFC 7793 (above), RFC 8375, RFC 9462 §8.2, RFC 9665 §8.4.
+const EMPTY: [&str; 20] = [
+    "10.in-addr.arpa.",
+    "168.192.in-addr.arpa.",
+    "0.in-addr.arpa.",
+    "127.in-addr.arpa.",
+    "254.169.in-addr.arpa.",
+    "2.0.192.in-addr.arpa.",
+    "100.51.198.in-addr.arpa.",
+    "113.0.203.in-addr.arpa.",
+    "255.255.255.255.in-addr.arpa.",
+    "0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.ip6.arpa.",
+    "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.ip6.arpa.",
+    "d.f.ip6.arpa.",
+    "8.e.f.ip6.arpa.",
+    "9.e.f.ip6.arpa.",
+    "a.e.f.ip6.arpa.",
+    "b.e.f.ip6.arpa.",
+    "8.b.d.0.1.0.0.2.ip6.arpa.",
+    "home.arpa.",
+    "resolver.arpa.",
+    "service.arpa.",
+];
+
+/// Domains that do not exist in the DNS: RFC 6761 §6.2, RFC 6762 §22.1, RFC 9031 §11, RFC 9140 §5.6.
+const MISSING: [&str; 4] = ["test.", "local.", "6tisch.arpa.", "eap-noob.arpa."];
+
+/// What the apex of a locally served zone has (RFC 6303 §3); `None` for DS, which is its parent's (RFC 4035 §3.1.4.1).
+pub(crate) fn at_apex(apex: &Name, kind: RecordType) -> Option<Answer> {
+    match kind {
+        RecordType::DS => None,
+        RecordType::SOA => Some(positive(apex, LOCAL_TTL, vec![soa(apex)])),
+        RecordType::NS => Some(positive(apex, LOCAL_TTL, vec![RData::NS(NS(apex.clone()))])),
+        _ => Some(denial(apex, ResponseCode::NoError)),
+    }
+}
+
+/// That there is nothing of the kind, or nothing at all, in the zone at `apex`.
+pub(crate) fn denial(apex: &Name, code: ResponseCode) -> Answer {
+    let mut answer = Answer::empty(code);
+    answer.authoritative = true;
+    answer
+        .authorities
+        .push(Record::from_rdata(apex.clone(), LOCAL_TTL, soa(apex)));
+    answer
+}
+
+fn positive(name: &Name, ttl: u32, data: Vec<RData>) -> Answer {
+    let mut answer = Answer::empty(ResponseCode::NoError);
+    answer.authoritative = true;
+    answer.answers = data
+        .into_iter()
+        .map(|data| Record::from_rdata(name.clone(), ttl, data))
+        .collect();
+    answer
+}
+
+/// The SOA of RFC 6303 §3, whose times nobody uses.
+fn soa(apex: &Name) -> RData {
+    let minimum = LOCAL_TTL;
+    RData::SOA(SOA::new(
+        apex.clone(),
+        of("nobody.invalid."),
+        1,
+        3600,
+        1200,
+        604_800,
+        minimum,
+    ))
+}
+
+/// A name that is written in this file.
+fn of(text: &str) -> Name {
+    Name::from_ascii(text).expect("a name in the source is one")
+}
