@@ -259,3 +259,336 @@ fn soa(apex: &Name) -> RData {
 fn of(text: &str) -> Name {
     Name::from_ascii(text).expect("a name in the source is one")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Pref64,
+        testing::{lines, name, question},
+    };
+
+    // RFC 7050 §2.2, RFC 8880 §7.1.
+    #[test]
+    fn ipv4only_has_its_two_addresses_under_every_prefix_the_well_known_one_too() {
+        let a = of_ipv4only(&["64:ff9b::/96"], "A");
+        assert_eq!(
+            lines(&a.answers),
+            ["ipv4only.arpa. 1800 A 192.0.0.170", "ipv4only.arpa. 1800 A 192.0.0.171"]
+        );
+        let aaaa = of_ipv4only(&["64:ff9b::/96", "2001:db8::/32"], "AAAA");
+        assert_eq!(
+            lines(&aaaa.answers),
+            [
+                "ipv4only.arpa. 1800 AAAA 64:ff9b::c000:aa",
+                "ipv4only.arpa. 1800 AAAA 64:ff9b::c000:ab",
+                "ipv4only.arpa. 1800 AAAA 2001:db8:c000:aa::",
+                "ipv4only.arpa. 1800 AAAA 2001:db8:c000:ab::"
+            ]
+        );
+        assert!(a.authoritative && aaaa.authoritative);
+    }
+
+    #[test]
+    fn without_a_prefix_ipv4only_has_no_aaaa() {
+        let answer = of_ipv4only(&[], "AAAA");
+        assert_eq!((answer.code, answer.answers.len()), (ResponseCode::NoError, 0));
+        assert_eq!(answer.negative_ttl(), Some(10_800));
+        assert_eq!(of_ipv4only(&[], "A").answers.len(), 2);
+    }
+
+    // RFC 7050 §3 has who looks for the prefix clear CD for that.
+    #[test]
+    fn whoever_validates_gets_no_aaaa_of_ipv4only() {
+        let asked = Question {
+            dnssec_ok: true,
+            checking_disabled: true,
+            ..question("ipv4only.arpa AAAA")
+        };
+        let answer = answer(&well_known(), &asked).expect("an answer");
+        assert_eq!((answer.code, answer.answers.len()), (ResponseCode::NoError, 0));
+    }
+
+    #[test]
+    fn ipv4only_has_no_other_types_and_no_names_below_it() {
+        for kind in ["TXT", "MX", "CNAME", "HTTPS", "PTR"] {
+            let answer = of_ipv4only(&["64:ff9b::/96"], kind);
+            assert_eq!(
+                (answer.code, answer.answers.len()),
+                (ResponseCode::NoError, 0),
+                "{kind}"
+            );
+            assert_eq!(lines(&answer.authorities), ["ipv4only.arpa. 10800 SOA 10800"], "{kind}");
+        }
+        assert_eq!(of_ipv4only(&[], "SOA").answers.len(), 1);
+        assert_eq!(of_ipv4only(&[], "NS").answers.len(), 1);
+        for kind in ["A", "AAAA", "TXT", "DS"] {
+            let below = answer(&well_known(), &question(&format!("www.ipv4only.arpa {kind}"))).expect("an answer");
+            assert_eq!(below.code, ResponseCode::NXDomain, "{kind}");
+        }
+        assert!(
+            answer(&well_known(), &question("ipv4only.arpa DS")).is_none(),
+            "arpa has it"
+        );
+    }
+
+    // RFC 8880 §7.2.
+    #[test]
+    fn the_reverse_names_of_ipv4only_lead_back_to_it() {
+        let rules = rules(&["64:ff9b::/96", "2001:db8::/32"]);
+        for v4 in IPV4ONLY {
+            let mut names = vec![Name::from(v4)];
+            names.extend(
+                rules
+                    .mappings
+                    .iter()
+                    .map(|mapping| Name::from(mapping.prefix.embed(v4))),
+            );
+            for name in names {
+                let named = answer(&rules, &Question::new(&name, RecordType::PTR)).expect("an answer");
+                assert_eq!(lines(&named.answers), [format!("{name} 1800 PTR ipv4only.arpa.")]);
+                let other = answer(&rules, &Question::new(&name, RecordType::A)).expect("an answer");
+                assert_eq!((other.code, other.answers.len()), (ResponseCode::NoError, 0), "{name}");
+                assert_eq!(other.authorities.len(), 1, "{name}");
+            }
+        }
+        let below = answer(&rules, &question("1.170.0.0.192.in-addr.arpa PTR")).expect("an answer");
+        assert_eq!(below.code, ResponseCode::NXDomain);
+        for other in [
+            Name::from(Pref64::WELL_KNOWN.embed([192, 0, 0, 172].into())),
+            name("172.0.0.192.in-addr.arpa"),
+            name("0.0.192.in-addr.arpa"),
+            name("in-addr.arpa"),
+            name("ip6.arpa"),
+        ] {
+            assert!(
+                answer(&rules, &Question::new(&other, RecordType::PTR)).is_none(),
+                "{other}"
+            );
+        }
+    }
+
+    // RFC 6761 §6.3.
+    #[test]
+    fn localhost_is_the_loopback_address_and_so_is_all_below_it() {
+        for name in ["localhost", "www.localhost", "a.b.localhost"] {
+            let of = |kind: &str| answer(&well_known(), &question(&format!("{name} {kind}"))).expect("an answer");
+            assert_eq!(lines(&of("A").answers), [format!("{name}. 10800 A 127.0.0.1")]);
+            assert_eq!(lines(&of("AAAA").answers), [format!("{name}. 10800 AAAA ::1")]);
+            assert_eq!((of("MX").code, of("MX").answers.len()), (ResponseCode::NoError, 0));
+        }
+        assert!(answer(&well_known(), &question("localhost.example.org A")).is_none());
+    }
+
+    // RFC 6761 §6.4, RFC 7686 §2.
+    #[test]
+    fn invalid_and_onion_do_not_exist() {
+        for name in ["invalid", "www.invalid", "onion", "x.y.onion"] {
+            let answer = answer(&well_known(), &question(&format!("{name} AAAA"))).expect("an answer");
+            assert_eq!(
+                (answer.code, answer.negative_ttl()),
+                (ResponseCode::NXDomain, Some(10_800)),
+                "{name}"
+            );
+        }
+    }
+
+    // RFC 6761 §6.5 has resolvers treat them like all others.
+    #[test]
+    fn ordinary_names_and_example_names_are_not_special() {
+        let local = Local::new(Vec::new());
+        for asked in [
+            ". NS",
+            "example AAAA",
+            "www.example AAAA",
+            "www.example.org AAAA",
+            "arpa SOA",
+            "in-addr.arpa SOA",
+            "8.8.8.8.in-addr.arpa PTR",
+            "172.in-addr.arpa PTR",
+            "15.172.in-addr.arpa PTR",
+            "32.172.in-addr.arpa PTR",
+            "63.100.in-addr.arpa PTR",
+            "128.100.in-addr.arpa PTR",
+            "f.ip6.arpa PTR",
+            "c.f.ip6.arpa PTR",
+            "0.2.ip6.arpa PTR",
+            "localdomain A",
+            "internal A",
+            "alt A",
+        ] {
+            assert!(answer(&well_known(), &question(asked)).is_none(), "{asked}");
+            assert!(local.answer(&question(asked)).is_none(), "{asked}");
+        }
+    }
+
+    #[test]
+    fn other_classes_are_not_answered() {
+        for asked in [
+            "localhost A",
+            "ipv4only.arpa A",
+            "170.0.0.192.in-addr.arpa PTR",
+            "10.in-addr.arpa SOA",
+            "test A",
+        ] {
+            let asked = Question {
+                class: DNSClass::CH,
+                ..question(asked)
+            };
+            assert!(answer(&well_known(), &asked).is_none(), "{asked:?}");
+            assert!(Local::new(Vec::new()).answer(&asked).is_none(), "{asked:?}");
+        }
+    }
+
+    // RFC 6303 §3, §4.
+    #[test]
+    fn private_reverse_zones_are_served_here_with_soa_and_ns_and_nothing_else() {
+        let local = Local::new(Vec::new());
+        let apices = [
+            "10.in-addr.arpa",
+            "16.172.in-addr.arpa",
+            "31.172.in-addr.arpa",
+            "168.192.in-addr.arpa",
+            "64.100.in-addr.arpa",
+            "127.100.in-addr.arpa",
+            "0.in-addr.arpa",
+            "127.in-addr.arpa",
+            "254.169.in-addr.arpa",
+            "2.0.192.in-addr.arpa",
+            "100.51.198.in-addr.arpa",
+            "113.0.203.in-addr.arpa",
+            "255.255.255.255.in-addr.arpa",
+            "d.f.ip6.arpa",
+            "8.e.f.ip6.arpa",
+            "9.e.f.ip6.arpa",
+            "a.e.f.ip6.arpa",
+            "b.e.f.ip6.arpa",
+            "8.b.d.0.1.0.0.2.ip6.arpa",
+            "home.arpa",
+            "resolver.arpa",
+            "service.arpa",
+        ];
+        for apex in apices {
+            let of = |name: &str, kind: &str| local.answer(&question(&format!("{name} {kind}")));
+            let soa = of(apex, "SOA").expect("an answer");
+            assert_eq!(lines(&soa.answers), [format!("{apex}. 10800 SOA 10800")]);
+            assert_eq!(
+                lines(&of(apex, "NS").expect("an answer").answers),
+                [format!("{apex}. 10800 NS {apex}.")]
+            );
+            assert!(of(apex, "DS").is_none(), "{apex}: DS is its parent's");
+            let nothing = of(apex, "PTR").expect("an answer");
+            assert_eq!(
+                (nothing.code, nothing.answers.len()),
+                (ResponseCode::NoError, 0),
+                "{apex}"
+            );
+            for kind in ["PTR", "SOA", "DS", "ANY"] {
+                let below = of(&format!("7.{apex}"), kind).expect("an answer");
+                assert_eq!(
+                    (below.code, below.negative_ttl()),
+                    (ResponseCode::NXDomain, Some(10_800)),
+                    "{apex}"
+                );
+                assert_eq!(lines(&below.authorities), [format!("{apex}. 10800 SOA 10800")]);
+                assert!(below.authoritative, "{apex}");
+            }
+        }
+    }
+
+    // RFC 9462 §8.2: no resolver but this one may be found that way.
+    #[test]
+    fn designated_resolvers_are_not_looked_for_elsewhere() {
+        let answer = Local::new(Vec::new())
+            .answer(&question("_dns.resolver.arpa SVCB"))
+            .expect("an answer");
+        assert!(answer.answers.is_empty());
+    }
+
+    #[test]
+    fn loopback_addresses_are_called_localhost() {
+        let local = Local::new(Vec::new());
+        for address in [Name::from(Ipv4Addr::LOCALHOST), Name::from(Ipv6Addr::LOCALHOST)] {
+            let answer = local
+                .answer(&Question::new(&address, RecordType::PTR))
+                .expect("an answer");
+            assert_eq!(lines(&answer.answers), [format!("{address} 10800 PTR localhost.")]);
+        }
+        let other = local
+            .answer(&question("2.0.0.127.in-addr.arpa PTR"))
+            .expect("an answer");
+        assert_eq!(other.code, ResponseCode::NXDomain);
+        assert_eq!(lines(&other.authorities), ["127.in-addr.arpa. 10800 SOA 10800"]);
+    }
+
+    // RFC 6761 §6.2, RFC 6762 §22.1.
+    #[test]
+    fn test_and_local_do_not_exist() {
+        let local = Local::new(Vec::new());
+        for name in [
+            "test",
+            "www.test",
+            "local",
+            "printer.local",
+            "6tisch.arpa",
+            "x.eap-noob.arpa",
+        ] {
+            let answer = local.answer(&question(&format!("{name} A"))).expect("an answer");
+            assert_eq!(
+                (answer.code, answer.negative_ttl()),
+                (ResponseCode::NXDomain, Some(10_800)),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_forwarded_or_served_is_not_denied_nor_is_the_way_to_it() {
+        let elsewhere = [
+            "cluster.local",
+            "1.168.192.in-addr.arpa",
+            "0.0.0.0.0.0.0.0.d.0.d.f.ip6.arpa",
+            "10.in-addr.arpa",
+            ".",
+        ];
+        let local = Local::new(elsewhere.iter().map(|domain| name(domain)).collect());
+        let code = |asked: &str| local.answer(&question(asked)).map(|answer| answer.code);
+        for asked in [
+            "cluster.local SOA",
+            "api.cluster.local A",
+            "7.1.168.192.in-addr.arpa PTR",
+            "1.0.0.0.0.0.0.0.0.d.0.d.f.ip6.arpa PTR",
+            "10.in-addr.arpa SOA",
+            "1.0.0.10.in-addr.arpa PTR",
+        ] {
+            assert_eq!(code(asked), None, "{asked}");
+        }
+        for asked in [
+            "local A",
+            "0.0.d.0.d.f.ip6.arpa PTR",
+            "d.f.ip6.arpa PTR",
+            "168.192.in-addr.arpa PTR",
+        ] {
+            assert_eq!(code(asked), Some(ResponseCode::NoError), "{asked}");
+        }
+        for asked in [
+            "printer.local A",
+            "2.168.192.in-addr.arpa PTR",
+            "1.0.d.0.d.f.ip6.arpa PTR",
+        ] {
+            assert_eq!(code(asked), Some(ResponseCode::NXDomain), "{asked}");
+        }
+    }
+
+    fn rules(prefixes: &[&str]) -> Rules {
+        Rules::new(prefixes.iter().map(|prefix| prefix.parse().expect("a prefix")))
+    }
+
+    fn well_known() -> Rules {
+        Rules::new([Pref64::WELL_KNOWN])
+    }
+
+    fn of_ipv4only(prefixes: &[&str], kind: &str) -> Answer {
+        answer(&rules(prefixes), &question(&format!("ipv4only.arpa {kind}"))).expect("an answer")
+    }
+}
