@@ -32,6 +32,9 @@ const IPV4ONLY_TTL: u32 = 1800;
 /// Seconds that a locally served zone lives (RFC 6303 §3).
 const LOCAL_TTL: u32 = 10_800;
 
+/// Labels of the longest name of a locally served zone, that of an IPv6 address.
+const DEEPEST: usize = 34;
+
 /// Answers the names that are special whatever the configuration says: `ipv4only.arpa`, what its addresses are called,
 /// `localhost`, `invalid` and `onion`. `None` for all others.
 pub fn answer(rules: &Rules, question: &Question) -> Option<Answer> {
@@ -149,7 +152,7 @@ impl Local {
             return None;
         }
         // The longest first: the loopback address within its network.
-        let labels = question.name.iter().count();
+        let labels = question.name.iter().count().min(DEEPEST);
         let (apex, kind) = (1..=labels).rev().find_map(|labels| {
             let apex = question.name.trim_to(labels);
             self.zones.get(&apex).map(|kind| (apex, *kind))
@@ -578,6 +581,75 @@ mod tests {
         ] {
             assert_eq!(code(asked), Some(ResponseCode::NXDomain), "{asked}");
         }
+    }
+
+    #[test]
+    fn whatever_is_asked_a_denial_comes_from_a_zone_that_the_name_is_in() {
+        let mut seed = 0x6303_u64;
+        let mut below = |bound: usize| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            usize::try_from(seed % 0xffff_ffff).expect("small") % bound
+        };
+        let ends = [
+            "arpa",
+            "ip6.arpa",
+            "in-addr.arpa",
+            "ipv4only.arpa",
+            "localhost",
+            "local",
+            "test",
+            "onion",
+            "10.in-addr.arpa",
+            "0.0.192.in-addr.arpa",
+            "d.f.ip6.arpa",
+            "0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.b.9.f.f.4.6.0.0.ip6.arpa",
+            "8.b.d.0.1.0.0.2.ip6.arpa",
+            ".",
+        ];
+        let labels: [&[u8]; 9] = [b"0", b"a", b"170", b"*", b"xn--", b"\0", b"\xff.", b"_tcp", &[b'x'; 63]];
+        let kinds = [
+            RecordType::PTR,
+            RecordType::A,
+            RecordType::SOA,
+            RecordType::DS,
+            RecordType::ANY,
+            RecordType::Unknown(65_000),
+        ];
+        let (rules, local) = (
+            rules(&["64:ff9b::/96", "2001:db8::/32"]),
+            Local::new(vec![name("f.d.f.ip6.arpa")]),
+        );
+        let mut answered = 0;
+        for _ in 0..10_000 {
+            let mut asked = name(ends[below(ends.len())]);
+            for _ in 0..below(40) {
+                // Mostly nibbles, and until the name is as long as a name can be.
+                let label = labels[if below(12) == 0 { below(labels.len()) } else { below(2) }];
+                let longer = Name::from_labels([label].into_iter().chain(asked.iter()));
+                asked = longer.unwrap_or(asked);
+            }
+            let question = Question::new(&asked, kinds[below(kinds.len())]);
+            let by_prefix = match reverse::answer(&rules, reverse::Form::Ptr, &question) {
+                Some(reverse::Reverse::Done(answer)) => Some(answer),
+                Some(reverse::Reverse::Ask(lookup)) => Some(lookup.on_ptr(Answer::empty(ResponseCode::NXDomain)).0),
+                None => None,
+            };
+            for answer in [answer(&rules, &question), local.answer(&question), by_prefix]
+                .into_iter()
+                .flatten()
+            {
+                answered += 1;
+                assert_ne!(answer.answers.is_empty(), answer.authorities.is_empty(), "{question:?}");
+                assert!(
+                    answer.authorities.iter().all(|soa| soa.name.zone_of(&asked)),
+                    "{question:?}"
+                );
+                assert!(answer.answers.iter().all(|record| record.name == asked), "{question:?}");
+            }
+        }
+        assert!(answered > 4_000, "{answered}");
     }
 
     fn rules(prefixes: &[&str]) -> Rules {

@@ -7,6 +7,18 @@
 //! Nothing is validated here, so nothing may carry the AD bit. Synthesis takes place unless the asker sets both CD and DO,
 //! which is how somebody who validates by himself asks for what there really is (§5.5); with DO alone he gets what is
 //! synthesised, without the signatures that no longer fit it.
+//!
+//! ```
+//! use dns64::{Answer, Question, synthesis::{Outcome, Rules, Step}};
+//! use hickory_proto::rr::RecordType;
+//!
+//! fn aaaa<F>(rules: &Rules, question: &Question, ask: impl Fn(Question) -> Result<Answer, F>) -> Option<Result<Outcome, F>> {
+//!     Some(match rules.synthesis(question)?.on_aaaa(ask(question.clone())) {
+//!         Step::Done(outcome) => outcome,
+//!         Step::AskA(without) => without.on_a(ask(question.with_kind(RecordType::A))),
+//!     })
+//! }
+//! ```
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -40,6 +52,9 @@ pub struct Rules {
     pub exclude_names: Vec<Name>,
     /// At and below these names AAAA records do not count: whoever can be reached through the translator only.
     pub ignore_aaaa: Vec<Name>,
+    /// Whether a failure of AAAA other than NXDOMAIN counts as an answer without AAAA, as RFC 6147 §5.1.2 and §5.1.3 have it.
+    /// Otherwise the failure is the answer: a lost packet then never leads through the translator to whoever has IPv6.
+    pub despite_failure: bool,
 }
 
 /// One prefix and the IPv4 addresses that appear under it (RFC 6147 §5.2).
@@ -63,8 +78,8 @@ pub struct Synthesis<'a> {
 /// What follows from the AAAA answer. `F` is why there is no answer at all, such as a timeout.
 #[derive(Debug)]
 pub enum Step<'a, F> {
-    /// The A answer does not matter.
-    Done(Outcome),
+    /// The A answer does not matter. `Err`: there is no answer for AAAA, and [`Rules::despite_failure`] is not set.
+    Done(Result<Outcome, F>),
     /// Ask for A.
     AskA(WithoutAaaa<'a, F>),
 }
@@ -107,7 +122,7 @@ pub enum Reason {
     NoAddress(Missing),
     /// No prefix stands for any of the A records.
     NotMapped(Missing),
-    /// The A answer is an error, and so is this one (RFC 6147 §5.1.6).
+    /// The A answer is an error, or the AAAA answer if that is enough, and so is this one (RFC 6147 §5.1.6).
     Error(Missing),
 }
 
@@ -131,6 +146,7 @@ impl Rules {
             exclude_aaaa: vec![MAPPED],
             exclude_names: Vec::new(),
             ignore_aaaa: Vec::new(),
+            despite_failure: true,
         }
     }
 
@@ -199,14 +215,14 @@ impl<'a> Synthesis<'a> {
         let (missing, ttl, original) = match aaaa {
             // Final, whatever may be known of A.
             Ok(aaaa) if aaaa.code == ResponseCode::NXDomain => {
-                return Step::Done(Outcome::of(aaaa, &name, Reason::NoName));
+                return Step::Done(Ok(Outcome::of(aaaa, &name, Reason::NoName)));
             }
             Ok(aaaa) if aaaa.code == ResponseCode::NoError => {
                 let ignored = covers(&rules.ignore_aaaa, &name);
                 let (there, gone, aaaa) = without(aaaa, &name, |record| ignored || rules.excludes(record));
                 match (there, gone) {
-                    (true, None) => return Step::Done(Outcome::of(aaaa, &name, Reason::Native)),
-                    (true, Some(_)) => return Step::Done(Outcome::of(aaaa, &name, Reason::Filtered)),
+                    (true, None) => return Step::Done(Ok(Outcome::of(aaaa, &name, Reason::Native))),
+                    (true, Some(_)) => return Step::Done(Ok(Outcome::of(aaaa, &name, Reason::Filtered))),
                     (false, None) => (
                         Missing::Empty,
                         aaaa.negative_ttl().map_or(WITHOUT_SOA, seconds),
@@ -214,6 +230,10 @@ impl<'a> Synthesis<'a> {
                     ),
                     (false, Some(ttl)) => (Missing::Excluded, ttl.min(WITHOUT_SOA), Ok(aaaa)),
                 }
+            }
+            failed if !rules.despite_failure => {
+                let reason = Reason::Error(Missing::Failed);
+                return Step::Done(failed.map(|aaaa| Outcome::of(aaaa, &name, reason)));
             }
             failed => (Missing::Failed, WITHOUT_SOA, failed),
         };
@@ -532,6 +552,20 @@ mod tests {
             (outcome.answer.code, outcome.reason),
             (ResponseCode::NXDomain, Reason::NoName)
         );
+    }
+
+    #[test]
+    fn a_failure_of_aaaa_is_the_answer_if_that_is_chosen() {
+        let mut rules = rules();
+        rules.despite_failure = false;
+        let refused = answer(ResponseCode::Refused, "", "");
+        let outcome = without_asking_a(&rules, "www.example.org AAAA", refused.clone());
+        assert_eq!((outcome.answer, outcome.ttl), (refused, FAILURE));
+        assert_eq!(outcome.reason, Reason::Error(Missing::Failed));
+        let a = noerror("www.example.org 60 A 192.0.2.1", "");
+        assert_eq!(run(&rules, Err("timeout"), Ok(a.clone())), Err("timeout"));
+        let outcome = run(&rules, Ok(noerror("", SOA)), Ok(a)).expect("an answer");
+        assert_eq!(outcome.reason, Reason::Synthesised(Missing::Empty));
     }
 
     // RFC 6147 §5.1.4.
@@ -1089,7 +1123,7 @@ mod tests {
         rules.mappings[1].except = vec!["0.0.0.0/1".parse().expect("a network")];
         rules.mappings[2].only = vec!["192.0.2.0/24".parse().expect("a network")];
         let mut seen = [0_u32; 7];
-        for round in 0..100_000 {
+        for round in 0..30_000 {
             let (aaaa, a) = (random.answer("AAAA"), random.answer("A"));
             let asked = question("n0.example.org AAAA");
             let aaaa_result = if random.below(10) == 0 {
@@ -1113,7 +1147,7 @@ mod tests {
             let outcome = match synthesis.on_aaaa(aaaa_result) {
                 Step::Done(outcome) => {
                     assert!(native || no_name, "{}", context());
-                    outcome
+                    outcome.expect("an answer")
                 }
                 Step::AskA(without) => {
                     assert!(!native && !no_name, "{}", context());
@@ -1282,7 +1316,7 @@ mod tests {
             .expect("a question that it is for")
             .on_aaaa(aaaa)
         {
-            Step::Done(outcome) => Ok(outcome),
+            Step::Done(outcome) => outcome,
             Step::AskA(without) => without.on_a(a),
         }
     }
@@ -1293,7 +1327,7 @@ mod tests {
             .expect("a question that it is for")
             .on_aaaa(Ok::<_, ()>(aaaa))
         {
-            Step::Done(outcome) => outcome,
+            Step::Done(outcome) => outcome.expect("an answer"),
             Step::AskA(without) => panic!("asks for A: {without:?}"),
         }
     }
