@@ -3,10 +3,18 @@
 //! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
 
 pub mod answer;
+pub mod chain;
 pub mod prefix;
+pub mod question;
+pub mod reverse;
+pub mod special;
+pub mod synthesis;
+#[cfg(test)]
+mod testing;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
+pub use question::Question;
 
 /// Runs the examples of the README.
 #[cfg(doctest)]
