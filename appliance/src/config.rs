@@ -15,7 +15,7 @@ mod secret;
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use lb::config::At;
+use settings::At;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -122,16 +122,11 @@ impl Level {
 
 impl Default for Control {
     fn default() -> Self {
-        let metrics = DEFAULT_METRICS.parse().into_iter().map(unwritten).collect();
+        let metrics = DEFAULT_METRICS.parse().into_iter().map(At::unwritten).collect();
         Self {
-            socket: unwritten(PathBuf::from(DEFAULT_SOCKET)),
+            socket: At::unwritten(PathBuf::from(DEFAULT_SOCKET)),
             metrics,
             metrics_token_file: None,
         }
     }
-}
-
-/// A default: it has no place in the file, which an empty span says.
-fn unwritten<T>(value: T) -> At<T> {
-    At { value, span: 0..0 }
 }

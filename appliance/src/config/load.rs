@@ -7,8 +7,8 @@ use std::{
     ops::Range,
 };
 
-use lb::config::{At, Fault};
 use serde::Deserialize;
+use settings::{At, Fault};
 use toml::de::{DeArray, DeTable, DeValue};
 
 use super::{Config, Report, VERSION, report};

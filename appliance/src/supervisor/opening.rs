@@ -14,7 +14,7 @@ use std::{
     sync::Arc,
 };
 
-use lb::{Need, What};
+use settings::{Need, What};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::memory;
@@ -199,6 +199,7 @@ impl Opening<'_> {
                     self.fault(need.span.clone(), &message, &help);
                 }
             },
+            What::Datagrams { .. } => {}
             What::File(path) => match read_file(path) {
                 Ok(content) => {
                     if let Err(error) = lb::io::check_file(&content) {
