@@ -2,9 +2,16 @@
 //!
 //! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
 
+pub mod access;
 pub mod answer;
+pub mod cache;
+pub mod cookie;
+pub mod packed;
 pub mod prefix;
+pub mod query;
 pub mod question;
+pub mod rate;
+mod wire;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
