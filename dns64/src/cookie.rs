@@ -63,10 +63,13 @@ impl Cookies {
         }
     }
 
-    /// Goes over to the next secret if it is time.
-    pub fn roll(&mut self, now: u64) {
-        if now / ROLLOVER != self.period {
-            *self = Self::new(self.master, now);
+    /// The same with the secrets of `now`, in UNIX seconds.
+    #[must_use]
+    pub fn at(&self, now: u64) -> Self {
+        if now / ROLLOVER == self.period {
+            self.clone()
+        } else {
+            Self::new(self.master, now)
         }
     }
 
@@ -247,12 +250,11 @@ mod tests {
     #[test]
     fn a_rolled_secret_still_takes_the_cookies_of_the_one_before_and_renews_them() {
         let end = (T0 / ROLLOVER + 1) * ROLLOVER;
-        let mut cookies = Cookies::new([7; 16], end - 1);
+        let cookies = Cookies::new([7; 16], end - 1);
         let old = reply(cookies.judge(Some(&[1; 8]), CLIENT, end - 1));
         let before = cookies.secrets;
-        cookies.roll(end - 1);
-        assert_eq!(cookies.secrets, before);
-        cookies.roll(end);
+        assert_eq!(cookies.at(end - 1).secrets, before);
+        let cookies = cookies.at(end);
         assert_eq!(cookies.secrets[1], before[0]);
         assert_ne!(cookies.secrets[0], before[0]);
         let verdict = cookies.judge(Some(&old), CLIENT, end + 1);

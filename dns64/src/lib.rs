@@ -6,6 +6,9 @@ pub mod access;
 pub mod answer;
 pub mod cache;
 pub mod cookie;
+pub mod front;
+#[cfg(feature = "io")]
+pub mod io;
 pub mod packed;
 pub mod prefix;
 pub mod query;
