@@ -2,15 +2,25 @@
 //!
 //! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
 
+pub mod access;
 pub mod answer;
 pub mod chain;
+pub mod cache;
+pub mod cookie;
+pub mod front;
+#[cfg(feature = "io")]
+pub mod io;
+pub mod packed;
 pub mod prefix;
+pub mod query;
 pub mod question;
 pub mod reverse;
 pub mod special;
 pub mod synthesis;
 #[cfg(test)]
 mod testing;
+pub mod rate;
+mod wire;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
