@@ -4,6 +4,7 @@
 
 pub mod answer;
 pub mod prefix;
+pub mod zone;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
