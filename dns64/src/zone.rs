@@ -7,6 +7,10 @@
 //! bytes -> tsig::verify -> Replay::check -> Zone::update -> (store) -> Zone::apply -> Reply::finish -> bytes
 //! ```
 //!
+//! [`Updates`] goes this way with all zones and keys, and makes the responses. A request that comes twice, be it that its
+//! answer was lost or that somebody recorded it, is carried out once and answered twice with the same bytes; one signed
+//! before another that was carried out is BADTIME. That holds across restarts, since the time of a change is stored with it.
+//!
 //! Queries may be signed as well, and `nsupdate` signs the query by which it looks for the zone: its response must be
 //! signed too, else the update is never sent.
 //!
@@ -48,12 +52,14 @@ pub mod replay;
 pub mod state;
 pub mod tsig;
 pub mod update;
+pub mod updates;
 
 pub use keys::{Algorithm, Key, KeyError, Keys};
 pub use policy::{Limits, Refused};
 pub use replay::{Replay, Seen};
 pub use state::{Change, NodeRecord, Owner, State};
 pub use tsig::{Signed, Verdict};
+pub use updates::{Step, Updates, Why};
 
 use data::{Data, RrSet, Sets, insert};
 
@@ -203,11 +209,12 @@ impl Zone {
                 return Err(ConfigError::Overlap(*other, *one));
             }
         }
+        let server = Owner::of(&config.name_server).name().clone();
         let apex = |origin: &Name| {
             let serial = state.serials.get(&Owner::of(origin)).copied().unwrap_or(1);
             let mut sets = Sets::new();
             insert(&mut sets, config.ttl, RData::SOA(config.soa(serial)));
-            insert(&mut sets, config.ttl, RData::NS(NS(config.name_server.clone())));
+            insert(&mut sets, config.ttl, RData::NS(NS(server.clone())));
             sets
         };
         let mut zone = Self {
@@ -219,14 +226,18 @@ impl Zone {
                 .map(|origin| Data::new(&origin, apex(&origin)))
                 .collect(),
             prefixes: config.prefixes.clone(),
-            reserved: config.reserved.iter().map(Name::to_lowercase).collect(),
+            reserved: config
+                .reserved
+                .iter()
+                .map(|name| Owner::of(name).name().clone())
+                .collect(),
             limits: config.limits,
             negative_ttl: config.negative_ttl,
             holders: BTreeMap::new(),
             state: State::default(),
             left_out: Vec::new(),
         };
-        zone.reserved.extend([origin, config.name_server.to_lowercase()]);
+        zone.reserved.extend([origin, server]);
         config
             .records
             .iter()
@@ -323,7 +334,7 @@ impl Zone {
             };
             answer.answers.extend(records(&name, alias));
             let target = alias.data.iter().find_map(|data| match data {
-                RData::CNAME(target) => Some(target.0.to_lowercase()),
+                RData::CNAME(target) => Some(Owner::of(&target.0).name().clone()),
                 _ => None,
             });
             match target.and_then(|target| Some((self.holding(&target)?, target))) {
@@ -348,6 +359,9 @@ impl Zone {
         let zone = zone.ok_or(ResponseCode::NotAuth)?;
         update::prerequisites(zone, &request.answers)?;
         update::prescan(zone.origin(), &request.authorities)?;
+        if request.authorities.len() > policy::LONGEST_UPDATE {
+            return Err(Refused::TooLong);
+        }
         let node = signed.node.name();
         if origin != *self.origin() {
             return self.reverse_update(zone, node, &request.authorities);
@@ -621,8 +635,8 @@ impl Config {
     fn soa(&self, serial: u32) -> SOA {
         // There are no secondaries that would read the times; these are what resolvers and checkers hold for sane.
         SOA::new(
-            self.name_server.clone(),
-            self.contact.clone(),
+            Owner::of(&self.name_server).name().clone(),
+            Owner::of(&self.contact).name().clone(),
             serial,
             3600,
             600,

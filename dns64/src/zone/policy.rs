@@ -15,6 +15,9 @@ pub const LONGEST_TTL: u32 = 86_400;
 /// Seconds at least: a TTL of 0 would send every lookup in the cluster here.
 pub const SHORTEST_TTL: u32 = 30;
 
+/// Updates in one message at most: some for each record that a node may have. A message of 64 KiB has room for thousands.
+pub const LONGEST_UPDATE: usize = 128;
+
 /// How many records of each type a node may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -55,6 +58,8 @@ pub enum Refused {
         /// So many it may have.
         most: usize,
     },
+    /// More updates in one message than [`LONGEST_UPDATE`].
+    TooLong,
     /// A fingerprint whose length does not fit its type.
     Fingerprint,
     /// Text beyond 255 octets, or with octets other than printable ASCII.
@@ -96,6 +101,7 @@ impl Refused {
             Self::Outside(_) => "outside",
             Self::Held { .. } => "held",
             Self::TooMany { .. } => "too-many",
+            Self::TooLong => "too-long",
             Self::Fingerprint => "fingerprint",
             Self::Text => "text",
             Self::Reverse(_) => "reverse",
@@ -120,6 +126,7 @@ impl fmt::Display for Refused {
             Self::Outside(address) => write!(f, "{address} is no address of a node in this zone"),
             Self::Held { address, holder } => write!(f, "{holder} has {address}"),
             Self::TooMany { kind, most } => write!(f, "a node may have {most} {kind} records"),
+            Self::TooLong => write!(f, "a message holds at most {LONGEST_UPDATE} updates"),
             Self::Fingerprint => write!(f, "an SSHFP fingerprint is 20 (SHA-1) or 32 octets (SHA-256) long"),
             Self::Text => write!(f, "a TXT record holds at most 255 printable ASCII characters"),
             Self::Reverse(name) => write!(f, "the PTR at {name} follows the AAAA; change that"),
