@@ -416,7 +416,7 @@ impl Zone {
         Ok(())
     }
 
-    /// Forgets when a key signed last, once it is removed and [`FUDGE`](tsig::FUDGE) seconds have passed.
+    /// Forgets when a key signed last. Once the key is removed nothing that it signed is good.
     pub fn forget_key(&mut self, key: &Owner) {
         self.state.signed.remove(key);
     }
@@ -663,3 +663,5 @@ fn records(name: &Name, set: &RrSet) -> impl Iterator<Item = Record> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod vectors;

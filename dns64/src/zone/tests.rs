@@ -3,36 +3,10 @@ use hickory_proto::{
     rr::rdata::{CNAME, MX, SSHFP, TXT, sshfp},
 };
 
-use super::*;
-
-/// When the requests of nsupdate below were signed.
-const SIGNED: u64 = 0x6b01_dbfe;
-
-/// What nsupdate 9.18 sends for "update delete node1.fleet AAAA" and "update add node1.fleet 1800 AAAA fd0d::11".
-const REGISTER: &str = "4b192800000100000002000105666c65657400000600\
-    01056e6f646531c00c001c00ff000000000000c017001c0001000007080010fd0d0000000000000000000000000011\
-    056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbfe012c0020\
-    275f380ab20157ff7d58c5f188bf9a56157dfd6500e3a6dee1b5b9fe1f4dbde74b1900000000";
-/// "prereq" nxdomain free.fleet, yxdomain node1.fleet, nxrrset node1.fleet A, yxrrset node1.fleet AAAA, and the same with
-/// fd0d::11; then "update" delete node1.fleet AAAA fd0d::11, delete node1.fleet, add a TXT and an SSHFP, TTL 300.
-const CONDITIONS: &str = "34f92800000100050004000105666c65657400000600010466726565c00c00ff00fe000000000000\
-    056e6f646531c00c00ff00ff000000000000c028000100fe000000000000c028001c00ff000000000000\
-    c028001c0001000000000010fd0d0000000000000000000000000011\
-    c028001c00fe000000000010fd0d0000000000000000000000000011c02800ff00ff000000000000\
-    c028001000010000012c00060568656c6c6f\
-    c028002c00010000012c00220402aabbccddeeff00112233445566778899aabbccddeeff00112233445566778899\
-    056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbfe012c0020\
-    2b383f6c60cf5e8566b81e1a71ef3521062e08b944b12f52a335796947ead1f134f900000000";
-/// "send" without anything before it but the zone.
-const EMPTY: &str = "16e12800000100000000000105666c6565740000060001\
-    056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbff012c0020\
-    15530de1ad9ba2ac28bd3e0c33c3016dfc7fdaed9b8dec4f13cf76bcc75a9ca516e100000000";
-/// "update delete" and "update add" of the PTR of fd0d::11, 1800 s, to node1.fleet.
-const POINTER: &str = "251e28000001000000020001013001300130013001300130013001300130013001300130016401300164016603697036046172706100\
-    000600010131013101300130013001300130013001300130013001300130013001300130013001300130013001300130013001300130\
-    013001300130016401300164016603697036046172706100000c00ff000000000000c03a000c000100000708000d056e6f6465310566\
-    6c65657400056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01e146012c0020c6134e\
-    692bfa6c7f1a7aa4ed397c5a384dc31fa4580bb301c70a71d744d37e14251e00000000";
+use super::{
+    vectors::{CONDITIONS, EMPTY, POINTER, REGISTER, SIGNED, bytes},
+    *,
+};
 
 const REVERSE: &str = "0.0.0.0.0.0.0.0.0.0.0.0.d.0.d.f.ip6.arpa.";
 
@@ -263,6 +237,19 @@ fn a_node_has_no_more_records_than_its_limits_whatever_the_message_does_in_betwe
     let texts: Vec<_> = (0..5).map(|i| add("node1", 60, text(&i.to_string()))).collect();
     let answer = zone.update(&request("fleet.", &[], &texts), &signed("node1"));
     assert_eq!(answer.expect_err("too many").name(), "too-many");
+}
+
+#[test]
+fn a_message_has_at_most_so_many_updates_as_nobody_needs() {
+    let zone = zone();
+    let ask = |count| {
+        zone.update(
+            &request("fleet.", &[], &vec![add("node1", 60, aaaa("fd0d::11")); count]),
+            &signed("node1"),
+        )
+    };
+    assert!(ask(policy::LONGEST_UPDATE).expect("permitted").is_some());
+    assert_eq!(ask(policy::LONGEST_UPDATE + 1), Err(Refused::TooLong));
 }
 
 #[test]
@@ -840,11 +827,4 @@ fn owner(text: &str) -> Owner {
 
 fn name(text: &str) -> Name {
     Name::from_ascii(text).expect("a name")
-}
-
-fn bytes(hex: &str) -> Vec<u8> {
-    (0..hex.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"))
-        .collect()
 }

@@ -469,37 +469,10 @@ mod tests {
     };
 
     use super::*;
-    use crate::zone::keys::Algorithm;
-
-    /// When the requests below were signed.
-    const SIGNED: u64 = 0x6b01_dbfe;
-
-    /// What nsupdate 9.18 sends first: a query for the SOA of the name it is to change, signed.
-    const QUERY_SHA256: &str = "4eee00000001000000000001056e6f64653105666c6565740000060001\
-        056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbfe012c0020\
-        f628df7add3d42abfc89769b44daafb96381fd8afa561626b394f1b6cbe6ec974eee00000000";
-    /// Over TCP (-v), with SHA-384.
-    const QUERY_SHA384: &str = "1af000000001000000000001056e6f64653105666c6565740000060001\
-        056e6f64653105666c6565740000fa00ff00000000004d0b686d61632d7368613338340000006b01dbfe012c0030\
-        8b4ed6b80d94a6169e07d03231b5328c1039c50d02e1f9b7b7a4cbb7012941fa6ae29b7c125bddf92e69cbe22677b3e71af000000000";
-    /// For a PTR, with SHA-512.
-    const QUERY_SHA512: &str = "cc83000000010000000000010131013101300130013001300130013001300130013001300130013001300130013001300130013001\
-        30013001300130013001300130013001640130016401660369703604617270610000060001056e6f64653105666c6565740000fa00\
-        ff00000000005d0b686d61632d7368613531320000006b01dbfe012c0040e5c976b78e10f5f857deb4fc2ea3c18206aa3d6c15c143\
-        2a3138daded9fb59e677e178008c5fc8ba303b43fca9b383626ecda72e57ad4358964b7a0a1779769fcc8300000000";
-    /// "update delete node1.fleet AAAA", "update add node1.fleet 1800 AAAA fd0d::11", with the zone given.
-    const UPDATE_SHA256: &str = "4b192800000100000002000105666c65657400000600\
-        01056e6f646531c00c001c00ff000000000000c017001c0001000007080010fd0d0000000000000000000000000011\
-        056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbfe012c0020\
-        275f380ab20157ff7d58c5f188bf9a56157dfd6500e3a6dee1b5b9fe1f4dbde74b1900000000";
-    /// The same addition without a key.
-    const UPDATE_UNSIGNED: &str = "b1752800000100000001000005666c6565740000060001056e6f646531c00c001c000100000708\
-        0010fd0d0000000000000000000000000011";
-    /// Signed by "other.fleet", which nobody knows.
-    const UPDATE_OTHER: &str = "00f02800000100000001000105666c6565740000060001\
-        056e6f646531c00c001c0001000007080010fd0d0000000000000000000000000011\
-        056f7468657205666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbff012c0020\
-        ce9455d162eed9a6ffacd5fbe289c52c131ad0b1cd53b049a1a4ed1a33b374e400f000000000";
+    use crate::zone::{
+        keys::Algorithm,
+        vectors::{OTHER, QUERY_SHA256, QUERY_SHA384, QUERY_SHA512, REGISTER, SIGNED, UNSIGNED, bytes},
+    };
 
     #[test]
     fn what_nsupdate_signs_is_good_with_each_algorithm() {
@@ -507,7 +480,7 @@ mod tests {
             (QUERY_SHA256, Algorithm::HmacSha256),
             (QUERY_SHA384, Algorithm::HmacSha384),
             (QUERY_SHA512, Algorithm::HmacSha512),
-            (UPDATE_SHA256, Algorithm::HmacSha256),
+            (REGISTER, Algorithm::HmacSha256),
         ] {
             let signed = good(&keys(algorithm), &bytes(request), SIGNED);
             assert_eq!(signed.key.to_string(), "node1.fleet.");
@@ -517,16 +490,13 @@ mod tests {
 
     #[test]
     fn a_request_without_a_signature_is_no_error_here() {
-        let verdict = verify(&keys(Algorithm::HmacSha256), &bytes(UPDATE_UNSIGNED), SIGNED);
+        let verdict = verify(&keys(Algorithm::HmacSha256), &bytes(UNSIGNED), SIGNED);
         assert!(matches!(verdict, Verdict::Unsigned));
     }
 
     #[test]
     fn rfc8945_5_2_1_an_unknown_key_and_a_known_one_of_another_algorithm_are_badkey_in_an_unsigned_answer() {
-        for (request, algorithm) in [
-            (UPDATE_OTHER, Algorithm::HmacSha256),
-            (UPDATE_SHA256, Algorithm::HmacSha384),
-        ] {
+        for (request, algorithm) in [(OTHER, Algorithm::HmacSha256), (REGISTER, Algorithm::HmacSha384)] {
             let (failure, reply) = bad(&keys(algorithm), &bytes(request), SIGNED);
             assert_eq!((failure, failure.error()), (Failure::Key, 17));
             assert_unsigned(&reply, failure);
@@ -536,7 +506,7 @@ mod tests {
     #[test]
     fn rfc8945_5_2_2_not_one_bit_of_a_signed_message_may_differ() {
         let keys = keys(Algorithm::HmacSha256);
-        let request = bytes(UPDATE_SHA256);
+        let request = bytes(REGISTER);
         let start = request.len() - (13 + 10 + 0x3d);
         for at in 0..request.len() * 8 {
             let mut other = request.clone();
@@ -560,7 +530,7 @@ mod tests {
     #[test]
     fn rfc8945_5_2_3_a_signature_is_good_within_its_fudge_and_ours() {
         let keys = keys(Algorithm::HmacSha256);
-        let request = bytes(UPDATE_SHA256);
+        let request = bytes(REGISTER);
         for now in [SIGNED - 300, SIGNED, SIGNED + 300] {
             good(&keys, &request, now);
         }
@@ -576,7 +546,7 @@ mod tests {
             (0, u16::MAX, 0, None),
             ((1 << 48) - 1, u16::MAX, SIGNED, Some(Failure::Time)),
         ] {
-            let request = sign(&bytes(UPDATE_UNSIGNED), time, fudge, 32);
+            let request = sign(&bytes(UNSIGNED), time, fudge, 32);
             let failure = match verify(&keys, &request, now) {
                 Verdict::Bad(failure, _) => Some(failure),
                 Verdict::Good(..) => None,
@@ -589,19 +559,19 @@ mod tests {
     #[test]
     fn rfc8945_5_2_3_badtime_is_signed_with_the_clients_time_and_carries_ours() {
         let keys = keys(Algorithm::HmacSha256);
-        let (failure, reply) = bad(&keys, &bytes(UPDATE_SHA256), SIGNED + 301);
+        let (failure, reply) = bad(&keys, &bytes(REGISTER), SIGNED + 301);
         let response = reply.finish(response(), SIGNED + 301);
         let record = read(&response);
         assert_eq!((failure.error(), record.error, record.time), (18, 18, SIGNED));
         assert_eq!(record.other, octets48(SIGNED + 301));
-        assert!(is_signed(&keys, &bytes(UPDATE_SHA256), &response));
+        assert!(is_signed(&keys, &bytes(REGISTER), &response));
     }
 
     #[test]
     fn rfc8945_5_2_2_1_and_5_2_4_part_of_a_mac_is_badtrunc_if_right_and_malformed_if_too_short_or_too_long() {
         let keys = keys(Algorithm::HmacSha256);
         for size in 16..32 {
-            let request = sign(&bytes(UPDATE_UNSIGNED), SIGNED, 300, size);
+            let request = sign(&bytes(UNSIGNED), SIGNED, 300, size);
             let (failure, reply) = bad(&keys, &request, SIGNED);
             assert_eq!((failure, failure.error()), (Failure::Truncated, 22));
             assert!(is_signed(&keys, &request, &reply.finish(response(), SIGNED)));
@@ -616,7 +586,7 @@ mod tests {
             assert_eq!(bad(&keys, &wrong, SIGNED).0, Failure::Signature);
         }
         for size in [0, 1, 10, 15, 33, 64] {
-            let request = sign(&bytes(UPDATE_UNSIGNED), SIGNED, 300, size);
+            let request = sign(&bytes(UNSIGNED), SIGNED, 300, size);
             assert!(matches!(verify(&keys, &request, SIGNED), Verdict::Malformed), "{size}");
         }
     }
@@ -624,7 +594,7 @@ mod tests {
     #[test]
     fn rfc8945_5_1_a_tsig_that_is_not_the_last_record_or_not_the_only_one_is_malformed() {
         let keys = keys(Algorithm::HmacSha256);
-        let signed = bytes(UPDATE_SHA256);
+        let signed = bytes(REGISTER);
         let tsig = signed[signed.len() - (13 + 10 + 0x3d)..].to_vec();
         let changed = |change: &dyn Fn(&mut Vec<u8>)| {
             let mut message = signed.clone();
@@ -673,7 +643,7 @@ mod tests {
     #[test]
     fn every_beginning_of_a_request_is_malformed_and_nothing_panics() {
         let keys = keys(Algorithm::HmacSha256);
-        let request = bytes(UPDATE_SHA256);
+        let request = bytes(REGISTER);
         for end in 0..request.len() {
             assert!(
                 matches!(verify(&keys, &request[..end], SIGNED), Verdict::Malformed),
@@ -709,7 +679,7 @@ mod tests {
             300,
         )
         .expect("a signer");
-        let request = bytes(UPDATE_SHA256);
+        let request = bytes(REGISTER);
         let Verdict::Good(signed, reply) = verify(&keys, &request, SIGNED) else {
             panic!("it is good");
         };
@@ -725,7 +695,7 @@ mod tests {
     #[test]
     fn a_stale_update_is_told_our_time() {
         let keys = keys(Algorithm::HmacSha256);
-        let Verdict::Good(signed, reply) = verify(&keys, &bytes(UPDATE_SHA256), SIGNED) else {
+        let Verdict::Good(signed, reply) = verify(&keys, &bytes(REGISTER), SIGNED) else {
             panic!("it is good");
         };
         let stale = reply.stale(&signed);
@@ -816,12 +786,5 @@ mod tests {
         let mut keys = Keys::default();
         keys.add(key).expect("its place");
         keys
-    }
-
-    fn bytes(hex: &str) -> Vec<u8> {
-        (0..hex.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"))
-            .collect()
     }
 }

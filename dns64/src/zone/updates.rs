@@ -176,9 +176,10 @@ impl Updates {
             return Step::Silent;
         };
         // Nothing comes between a change and its being carried out, so it applies.
-        let why = match self.apply(pending.change) {
-            true => Why::Changed,
-            false => Why::NotStored,
+        let why = if self.apply(pending.change) {
+            Why::Changed
+        } else {
+            Why::NotStored
         };
         self.remember(&pending.signed, pending.draft.answer(why, now))
     }
@@ -203,6 +204,7 @@ impl Updates {
     }
 
     /// What has to be stored along with the removal of a key: the end of its node's records, if it is the node's last one.
+    /// When the key signed last ([`State::signed`](super::State)) need not be kept then.
     pub fn removal(&self, key: &Owner) -> Option<Change> {
         let mut keys = self.keys.clone();
         let removed = keys.remove(key).filter(|removed| removed.last)?;
@@ -217,6 +219,9 @@ impl Updates {
         }
         let change = self.removal(key);
         let removed = self.keys.remove(key).is_some();
+        if removed {
+            self.zones.iter_mut().for_each(|zone| zone.forget_key(key));
+        }
         removed && change.is_none_or(|change| self.apply(change))
     }
 
@@ -302,22 +307,10 @@ impl Draft {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::zone::{Algorithm, Config, State};
-
-    /// When the requests below were signed.
-    const SIGNED: u64 = 0x6b01_dbfe;
-    /// What nsupdate 9.18 sends for "update delete node1.fleet AAAA" and "update add node1.fleet 1800 AAAA fd0d::11".
-    const REGISTER: &str = "4b192800000100000002000105666c65657400000600\
-        01056e6f646531c00c001c00ff000000000000c017001c0001000007080010fd0d0000000000000000000000000011\
-        056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbfe012c0020\
-        275f380ab20157ff7d58c5f188bf9a56157dfd6500e3a6dee1b5b9fe1f4dbde74b1900000000";
-    /// Signed a second later: "send" without anything before it but the zone.
-    const EMPTY: &str = "16e12800000100000000000105666c6565740000060001\
-        056e6f64653105666c6565740000fa00ff00000000003d0b686d61632d7368613235360000006b01dbff012c0020\
-        15530de1ad9ba2ac28bd3e0c33c3016dfc7fdaed9b8dec4f13cf76bcc75a9ca516e100000000";
-    /// The addition without a key.
-    const UNSIGNED: &str = "b1752800000100000001000005666c6565740000060001056e6f646531c00c001c000100000708\
-        0010fd0d0000000000000000000000000011";
+    use crate::zone::{
+        Algorithm, Config, State,
+        vectors::{EMPTY, REGISTER, SIGNED, UNSIGNED, bytes},
+    };
 
     #[test]
     fn nothing_is_in_force_or_answered_before_it_is_stored() {
@@ -465,12 +458,5 @@ mod tests {
 
     fn owner(text: &str) -> Owner {
         text.parse().expect("a name")
-    }
-
-    fn bytes(hex: &str) -> Vec<u8> {
-        (0..hex.len())
-            .step_by(2)
-            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"))
-            .collect()
     }
 }
