@@ -21,6 +21,7 @@ pub mod synthesis;
 mod testing;
 pub mod rate;
 mod wire;
+pub mod zone;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
