@@ -3,8 +3,11 @@
 //! [`prefix`] is what both share: where in an IPv6 address the IPv4 address lies.
 
 pub mod answer;
+#[cfg(feature = "io")]
+pub mod io;
 pub mod prefix;
 pub mod question;
+pub mod upstream;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};

@@ -1,0 +1,3 @@
+//! Sockets, threads, clocks: the shell around the pure modules.
+
+pub mod upstream;
