@@ -11,6 +11,7 @@ pub mod front;
 #[cfg(feature = "io")]
 pub mod io;
 pub mod packed;
+#[cfg(feature = "io")]
 pub mod prefix;
 pub mod query;
 pub mod question;
@@ -22,6 +23,7 @@ mod testing;
 pub mod rate;
 mod wire;
 pub mod zone;
+pub mod upstream;
 
 pub use answer::Answer;
 pub use prefix::{Pref64, PrefixError};
