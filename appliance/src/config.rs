@@ -15,9 +15,9 @@ mod secret;
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use settings::At;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use settings::At;
 
 pub(crate) use self::load::nearest;
 pub use self::{

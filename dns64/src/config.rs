@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     str::FromStr,
     time::Duration,
@@ -89,9 +89,6 @@ pub struct Config {
     /// by TCP, the others are not given.
     #[serde(default)]
     pub rate_limit: RateLimit,
-    /// Threads that answer over UDP, each with its own socket (SO_REUSEPORT). Default: one per core.
-    #[serde(default)]
-    pub threads: Option<At<u16>>,
     /// Certificates (PEM) that TLS upstreams are verified with. Default: "/etc/ssl/certs/ca-certificates.crt".
     #[serde(default)]
     pub ca_file: Option<At<PathBuf>>,
@@ -232,7 +229,9 @@ impl Config {
         match &self.allow {
             Some(networks) => networks.iter().map(|at| at.net()).collect(),
             None => {
-                let own = ["127.0.0.0/8", "::1/128"].into_iter().filter_map(|net| net.parse().ok());
+                let own = ["127.0.0.0/8", "::1/128"]
+                    .into_iter()
+                    .filter_map(|net| net.parse().ok());
                 let nodes = self.zone.iter().flat_map(|zone| &zone.prefixes).map(|at| at.net());
                 own.chain(nodes).collect()
             }
@@ -262,6 +261,13 @@ impl Config {
             longest_negative: seconds(&self.max_negative_ttl, usual.longest_negative),
             ..usual
         }
+    }
+
+    /// The file with the certificates of authorities.
+    pub fn ca_file(&self) -> At<PathBuf> {
+        self.ca_file
+            .clone()
+            .unwrap_or_else(|| At::unwritten(PathBuf::from(DEFAULT_CA)))
     }
 
     /// Whether any upstream needs certificates to be verified with.
@@ -316,7 +322,10 @@ impl Config {
             if own.contains(&url.address()) {
                 faults.error(
                     url,
-                    format!("{} is edged itself: every question would go round in circles", url.address()),
+                    format!(
+                        "{} is edged itself: every question would go round in circles",
+                        url.address()
+                    ),
                     "write another resolver",
                 );
             }
@@ -325,7 +334,10 @@ impl Config {
             if v4(at.net()).is_none() {
                 faults.error(
                     at,
-                    format!("{} is no IPv4 network, and only IPv4 addresses are synthesised", at.value),
+                    format!(
+                        "{} is no IPv4 network, and only IPv4 addresses are synthesised",
+                        at.value
+                    ),
                     "for IPv6 networks: exclude_aaaa",
                 );
             }
@@ -340,9 +352,12 @@ impl Config {
             }
         }
         within(&mut faults, &self.cache_mib, 1..=4096, "MiB of cache");
-        within(&mut faults, &self.threads, 1..=256, "threads");
         if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
-            faults.error(at, "a certificate file needs an absolute path", format!("write {DEFAULT_CA}"));
+            faults.error(
+                at,
+                "a certificate file needs an absolute path",
+                format!("write {DEFAULT_CA}"),
+            );
         }
         self.check_zones(&mut faults);
         faults.sorted()
@@ -351,7 +366,8 @@ impl Config {
     fn check_prefixes(&self, faults: &mut Faults) {
         let mut seen: Vec<Pref64> = Vec::new();
         for at in self.prefixes.iter().flatten() {
-            let overlaps = |other: &&Pref64| at.contains(other.embed([0; 4].into())) || other.contains(at.embed([0; 4].into()));
+            let overlaps =
+                |other: &&Pref64| at.contains(other.embed([0; 4].into())) || other.contains(at.embed([0; 4].into()));
             if let Some(other) = seen.iter().find(overlaps) {
                 faults.error(
                     at,
@@ -368,7 +384,10 @@ impl Config {
         let mut prefixes: Vec<(Ipv6Net, &Domain)> = Vec::new();
         for zone in &self.zone {
             let name = &zone.name;
-            if names.iter().any(|other| other.zone_of(&name.0) || name.0.zone_of(other)) {
+            if names
+                .iter()
+                .any(|other| other.zone_of(&name.0) || name.0.zone_of(other))
+            {
                 faults.error(
                     name,
                     format!("\"{}\" lies in another zone, or another one in it", name.value),
@@ -410,7 +429,10 @@ impl Config {
             if zone.prefixes.is_empty() {
                 faults.error(
                     name,
-                    format!("zone \"{}\" has no prefixes, so no node could have an address", name.value),
+                    format!(
+                        "zone \"{}\" has no prefixes, so no node could have an address",
+                        name.value
+                    ),
                     "write prefixes = [\"fd0d::/64\"] with the nodes' prefix",
                 );
             }
@@ -429,7 +451,11 @@ impl Zone {
             });
             own.copied().collect()
         });
-        let below = |name: &Name| name.clone().append_domain(&self.name.0).unwrap_or_else(|_| self.name.0.clone());
+        let below = |name: &Name| {
+            name.clone()
+                .append_domain(&self.name.0)
+                .unwrap_or_else(|_| self.name.0.clone())
+        };
         let label = |text: &str| self.name.0.prepend_label(text).unwrap_or_else(|_| self.name.0.clone());
         let mut config = zone::Config::new(&self.name.0, prefixes);
         if let Some(at) = &self.ttl {
@@ -462,7 +488,12 @@ impl Zone {
     }
 }
 
-fn within(faults: &mut Faults, at: &Option<At<impl Into<u64> + Copy>>, range: std::ops::RangeInclusive<u64>, what: &str) {
+fn within(
+    faults: &mut Faults,
+    at: &Option<At<impl Into<u64> + Copy>>,
+    range: std::ops::RangeInclusive<u64>,
+    what: &str,
+) {
     let Some(at) = at else { return };
     let value: u64 = at.value.into();
     if !range.contains(&value) {
@@ -540,12 +571,7 @@ impl<'de> Deserialize<'de> for Pref64 {
     }
 }
 
-string_schema!(
-    Domain,
-    "Domain",
-    "A domain name such as \"example.org\".",
-    r"^[^\s]+$"
-);
+string_schema!(Domain, "Domain", "A domain name such as \"example.org\".", r"^[^\s]+$");
 string_schema!(
     Target,
     "Target",

@@ -126,6 +126,15 @@ impl Packed {
         })
     }
 
+    /// What it says, with the TTLs that it came with. `None` cannot be: it was packed from an answer.
+    pub fn unpack(&self) -> Option<Answer> {
+        let message = Message::from_vec(self.octets.get(..usize::from(self.length))?).ok()?;
+        let authoritative = message.metadata.authoritative;
+        let mut answer = Answer::of(message);
+        answer.authoritative = authoritative;
+        Some(answer)
+    }
+
     /// Seconds that it is good; 0 if it must not be kept.
     pub const fn lifetime(&self) -> u32 {
         self.lifetime
