@@ -537,10 +537,13 @@ impl Zone {
     /// may have taken it since.
     fn load(&mut self, state: State) {
         for (node, records) in &state.nodes {
-            if let Err(NodeError::Reserved(name) | NodeError::Elsewhere(name) | NodeError::Form(name)) =
-                self.may_be_node(node.name())
-            {
-                self.left_out.push((node.clone(), Refused::Reserved(name)));
+            let refused = match self.may_be_node(node.name()) {
+                Ok(()) => None,
+                Err(NodeError::Reserved(name)) => Some(Refused::Reserved(name)),
+                Err(NodeError::Elsewhere(name) | NodeError::Form(name)) => Some(Refused::OtherName(name)),
+            };
+            if let Some(refused) = refused {
+                self.left_out.push((node.clone(), refused));
                 continue;
             }
             let mut sets = state::to_sets(records);

@@ -119,7 +119,6 @@ impl Updates {
         };
         let message = Message::from_vec(request).ok();
         if let Some(message) = &message {
-            draft.message.queries.clone_from(&message.queries);
             draft.message.edns = message.edns.as_ref().map(|_| {
                 let mut edns = Edns::new();
                 edns.set_max_payload(PAYLOAD);
@@ -140,6 +139,10 @@ impl Updates {
             }
             (Verdict::Good(signed, reply), Some(message)) => {
                 draft.reply = Some(reply);
+                // Strangers get no zone section back: their answers are not longer than what they sent.
+                if let [zone] = message.queries.as_slice() {
+                    draft.message.add_query(zone.clone());
+                }
                 (signed, message)
             }
         };
@@ -309,7 +312,7 @@ mod tests {
     use super::*;
     use crate::zone::{
         Algorithm, Config, State,
-        vectors::{EMPTY, REGISTER, SIGNED, UNSIGNED, bytes},
+        vectors::{EMPTY, OTHER, REGISTER, SIGNED, UNSIGNED, bytes},
     };
 
     #[test]
@@ -378,7 +381,13 @@ mod tests {
             (code(&response), why),
             (ResponseCode::Refused, Why::Refused(Refused::Unsigned))
         );
-        assert!(response.len() <= bytes(UNSIGNED).len());
+        assert_eq!(response.len(), 12);
+        let (response, why) = answer(updates.receive(&bytes(OTHER), SIGNED));
+        assert_eq!(
+            (code(&response), why),
+            (ResponseCode::NotAuth, Why::Signature(Failure::Key))
+        );
+        assert!(response.len() < bytes(OTHER).len());
         let mut response = bytes(REGISTER);
         response[2] |= 0x80;
         assert_eq!(updates.receive(&response, SIGNED), Step::Silent);
