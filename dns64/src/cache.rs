@@ -511,6 +511,29 @@ mod tests {
     }
 
     #[test]
+    fn labels_of_any_octets_are_found_again() {
+        let cache = cache(1 << 20);
+        for octet in 0..=255_u8 {
+            let mut asked = plain("\x03a?c\x01?\0", 1);
+            asked[14] = octet;
+            asked[17] = octet;
+            let question = query(&asked).question().expect("a question");
+            let answer = Answer {
+                answers: vec![a("w.", 60, octet)],
+                ..Answer::empty(ResponseCode::NoError)
+            };
+            cache.insert(
+                Packed::new(&question, &answer, &Lifetimes::default()).expect("packed"),
+                at(0),
+            );
+            let (out, _) = self::answer(&cache, &asked, 0).expect("a hit");
+            assert_eq!((&out[12..23], out.last()), (&asked[12..23], Some(&octet)));
+            assert!(cache.known(&question, at(0)).is_some());
+        }
+        assert_eq!(cache.stats().entries, 256 - 26, "letters are one in either case");
+    }
+
+    #[test]
     fn a_newer_answer_replaces_the_older_and_one_without_ttl_is_not_kept() {
         let cache = cache(1 << 20);
         for last in 1..100 {

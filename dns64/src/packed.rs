@@ -87,7 +87,7 @@ impl Packed {
         let mut message = Message::new(0, MessageType::Response, OpCode::Query);
         message.metadata.authoritative = answer.authoritative;
         message.metadata.recursion_available = true;
-        message.add_query(question.query());
+        message.add_query(question.with_name(&question.name).query());
         let section = |records: &[Record]| section(question, records, lifetimes);
         message.answers = section(&answer.answers);
         message.authorities = section(&answer.authorities);

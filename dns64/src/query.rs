@@ -161,10 +161,12 @@ impl<'a> Query<'a> {
                         // RFC 6891 §6.1.1: more than one.
                         return Err(ResponseCode::FormErr);
                     }
-                    self.read_opt(message, record).ok_or(ResponseCode::FormErr)?;
-                    if message.get(record.ttl() + 1) != Some(&0) {
+                    // What another version has for options is not known: it is answered first (RFC 6891 §6.1.3).
+                    if !self.read_opt(message, record).ok_or(ResponseCode::FormErr)? {
                         return Err(ResponseCode::BADVERS);
                     }
+                    self.read_options(message.get(record.data..record.end))
+                        .ok_or(ResponseCode::FormErr)?;
                 }
                 TSIG | SIG => signed = true,
                 _ => {}
@@ -174,13 +176,19 @@ impl<'a> Query<'a> {
         Ok(signed)
     }
 
-    fn read_opt(&mut self, message: &'a [u8], record: wire::RecordAt) -> Option<()> {
-        let mut edns = Edns {
+    /// Reads an OPT record without its options; whether it is of a version that we know, which is 0.
+    fn read_opt(&mut self, message: &'a [u8], record: wire::RecordAt) -> Option<bool> {
+        self.edns = Some(Edns {
             size: wire::u16_at(message, record.owner_end + 2)?,
             dnssec_ok: wire::u16_at(message, record.ttl() + 2)? & 0x8000 != 0,
             cookie: None,
-        };
-        let mut options = message.get(record.data..record.end)?;
+        });
+        Some(message.get(record.ttl() + 1) == Some(&0))
+    }
+
+    fn read_options(&mut self, options: Option<&'a [u8]>) -> Option<()> {
+        let mut options = options?;
+        let edns = self.edns.as_mut()?;
         while !options.is_empty() {
             let code = wire::u16_at(options, 0)?;
             let (value, rest) = options.get(4..)?.split_at_checked(wire::u16_at(options, 2)?.into())?;
@@ -194,7 +202,6 @@ impl<'a> Query<'a> {
             }
             options = rest;
         }
-        self.edns = Some(edns);
         Some(())
     }
 
@@ -481,6 +488,11 @@ pub(crate) mod tests {
             (
                 "EDNS version 1",
                 with_opt(&good, 1232, 1, 0, &[]),
+                ResponseCode::BADVERS,
+            ),
+            (
+                "EDNS version 1 with its own options",
+                with_opt(&good, 1232, 1, 0, &[0, 10, 0]),
                 ResponseCode::BADVERS,
             ),
             ("two OPT", two_opts, ResponseCode::FormErr),
