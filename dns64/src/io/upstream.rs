@@ -21,7 +21,7 @@ use rustls::{ClientConfig, pki_types::ServerName};
 use serde::Serialize;
 use socket2::{Domain, Socket, Type};
 use tokio::{
-    io::ReadBuf,
+    io::Interest,
     net::UdpSocket,
     sync::{oneshot, watch},
     time::{Instant, sleep, sleep_until, timeout},
@@ -143,10 +143,16 @@ struct Server {
 }
 
 /// An attempt under way.
-#[derive(Debug)]
 enum Running {
-    Datagram(UdpSocket, Datagram),
+    Datagram(Arc<Ear>, Pin<Box<dyn Future<Output = Outcome> + Send>>),
     Connection(oneshot::Receiver<Outcome>),
+}
+
+/// A socket and the one query that waits at it.
+#[derive(Debug)]
+struct Ear {
+    socket: UdpSocket,
+    datagram: Mutex<Datagram>,
 }
 
 impl Default for Config {
@@ -288,13 +294,12 @@ impl Inner {
         if attempt.over != Transport::Udp {
             return server.by_connection(sent, attempt.over, self.config.connections);
         }
-        let socket = socket_to(server.url.address()).map_err(|error| failed(&error))?;
-        let datagram = Datagram::new(sent);
-        // A datagram that the kernel has no room for is one that is lost: it is sent again.
-        match socket.try_send(datagram.bytes()) {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(failed(&error)),
-            _ => Ok(Running::Datagram(socket, datagram)),
-        }
+        let socket = send_from_anew(server.url.address(), sent.bytes()).map_err(|error| failed(&error))?;
+        let ear = Arc::new(Ear {
+            socket,
+            datagram: Mutex::new(Datagram::new(sent)),
+        });
+        Ok(Running::Datagram(ear.clone(), Box::pin(ear.listen())))
     }
 
     /// Sends the checks and measurements that are due. `question` is under way no more.
@@ -309,7 +314,7 @@ impl Inner {
         }
     }
 
-    /// One attempt on nobody's behalf, sent twice if it is a datagram.
+    /// One attempt on nobody's behalf, sent three times if it is a datagram.
     async fn try_once(&self, question: &Question, server: usize) -> Option<Outcome> {
         let attempt = Attempt {
             number: 0,
@@ -321,11 +326,11 @@ impl Inner {
             Ok(running) => running,
             Err(outcome) => return Some(outcome),
         };
-        for again in [true, false] {
-            if let Ok(outcome) = timeout(CHECK / 2, poll_fn(|context| running.poll(context))).await {
+        for last in [false, false, true] {
+            if let Ok(outcome) = timeout(CHECK / 3, poll_fn(|context| running.poll(context))).await {
                 return Some(outcome);
             }
-            if again {
+            if !last {
                 running.send_again();
             }
         }
@@ -492,8 +497,8 @@ impl Drop for Attempts<'_> {
 impl Inner {
     /// Books what a datagram's socket heard that was no reply.
     fn book(&self, server: usize, running: &Running) {
-        if let (Some(server), Running::Datagram(_, datagram)) = (self.servers.get(server), running) {
-            server.target.book(datagram.mismatches());
+        if let (Some(server), Running::Datagram(ear, _)) = (self.servers.get(server), running) {
+            server.target.book(lock(&ear.datagram).mismatches());
         }
     }
 }
@@ -503,29 +508,46 @@ impl Running {
         match self {
             // A connection whose task is gone.
             Self::Connection(back) => Pin::new(back).poll(context).map(|back| back.unwrap_or(Outcome::Closed)),
-            Self::Datagram(socket, datagram) => {
-                // More than was asked for is cut off and does not parse.
-                let mut bytes = [0; 4096];
-                loop {
-                    let mut buffer = ReadBuf::new(&mut bytes);
-                    match socket.poll_recv(context, &mut buffer) {
-                        Poll::Pending => return Poll::Pending,
-                        Poll::Ready(Err(_)) => return Poll::Ready(Outcome::Broken),
-                        Poll::Ready(Ok(())) => {
-                            if let Some(outcome) = datagram.hear(buffer.filled()) {
-                                return Poll::Ready(outcome);
-                            }
-                        }
-                    }
-                }
-            }
+            Self::Datagram(_, listening) => listening.as_mut().poll(context),
         }
     }
 
     fn send_again(&self) {
-        if let Self::Datagram(socket, datagram) = self {
+        if let Self::Datagram(ear, _) = self {
             // If it cannot be sent it is lost like any other.
-            let _ = socket.try_send(datagram.bytes());
+            let _ = ear.socket.try_send(lock(&ear.datagram).bytes());
+        }
+    }
+}
+
+impl Ear {
+    async fn listen(self: Arc<Self>) -> Outcome {
+        // More than was asked for is cut off and does not parse.
+        let mut bytes = [0; 4096];
+        loop {
+            match self.socket.ready(Interest::READABLE | Interest::ERROR).await {
+                Err(error) => return failed(&error),
+                // A closed port is no datagram: it would not wake who waits for one.
+                Ok(ready) if ready.is_error() => {
+                    let error = self.socket.try_io(Interest::ERROR, || match self.socket.take_error() {
+                        Ok(Some(error)) | Err(error) => Ok(error),
+                        Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
+                    });
+                    if let Ok(error) = error {
+                        return failed(&error);
+                    }
+                }
+                Ok(_) => match self.socket.try_recv(&mut bytes) {
+                    Ok(length) => {
+                        let heard = lock(&self.datagram).hear(bytes.get(..length).unwrap_or_default());
+                        if let Some(outcome) = heard {
+                            return outcome;
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return failed(&error),
+                },
+            }
         }
     }
 }
@@ -568,12 +590,18 @@ impl Server {
     }
 }
 
-/// A socket from which only `address` is heard and whose port nobody can foresee: the kernel draws it from
+/// Sends from a socket that hears only `address` and whose port nobody can foresee: the kernel draws it from
 /// ip_local_port_range without those in ip_local_reserved_ports.
-fn socket_to(address: SocketAddr) -> io::Result<UdpSocket> {
+fn send_from_anew(address: SocketAddr, datagram: &[u8]) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
     socket.set_nonblocking(true)?;
     socket.connect(&address.into())?;
+    // Before it is watched, since nobody knows of a watched one whether it can send until it has been waited for.
+    match socket.send(datagram) {
+        // What the kernel has no room for is lost like any other: it is sent again.
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+        _ => {}
+    }
     UdpSocket::from_std(socket.into())
 }
 
@@ -606,7 +634,7 @@ fn entropy() -> io::Result<Entropy> {
     })
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing is left half done under a lock.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

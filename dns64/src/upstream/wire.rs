@@ -453,7 +453,7 @@ mod tests {
             message.metadata.response_code = code;
             assert_eq!(sent.judge(&message.to_vec().expect("it encodes")), Reply::NoEdns);
             let mut bare = reply(&sent)[..12].to_vec();
-            bare[2..].copy_from_slice(&[0x81, 0x80 | u8::from(code.low()), 0, 0, 0, 0, 0, 0, 0, 0]);
+            bare[2..].copy_from_slice(&[0x81, 0x80 | code.low(), 0, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!(sent.judge(&bare), Reply::NoEdns);
         }
         let plain = Sent::new(&question("www.example.org."), Form::default(), &ENTROPY).expect("it fits");
