@@ -297,6 +297,10 @@ impl House {
                     could_not("the balancer does not answer: its worker is being started again; try again, or see edgectl status")
                 })
             }
+            Ask::Dns { request } => self
+                .dns(request, author)
+                .await
+                .map(|answer| Answer::Dns(Box::new(answer))),
             Ask::ConfigShow => {
                 let now = lock(&self.now);
                 Ok(Answer::Config(ConfigText {
@@ -362,8 +366,17 @@ impl House {
             },
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
+            dns: None,
             upgrade,
         }
+    }
+
+    /// PLACEHOLDER, to be replaced by the way to the resolver's worker.
+    async fn dns(&self, request: dns64::status::Request, author: &Author) -> Result<dns64::status::Answer, Refusal> {
+        if request.changes() {
+            tracing::info!(author = name(author), ?request, "asked for");
+        }
+        Err(could_not("the resolver is not configured; write a [dns64] section"))
     }
 }
 
