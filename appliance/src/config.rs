@@ -53,6 +53,9 @@ pub struct Config {
     /// TCP load balancing: frontends, their backends, and the health endpoint.
     #[serde(default)]
     pub lb: lb::Config,
+    /// DNS for nodes without IPv4. Default: none.
+    #[serde(default)]
+    pub dns64: Option<dns64::Config>,
 }
 
 /// How `edged` is operated and watched.

@@ -46,7 +46,10 @@ use crate::{
     build, config, control, log, metrics,
     notify::{Environment, Notify},
     signals::{Signals, Told},
-    worker::Role,
+    worker::{
+        Role,
+        message::{Question, Reply},
+    },
 };
 
 /// How long sessions may go on when the daemon stops. Watches never end by themselves, and connections that come
@@ -289,13 +292,16 @@ impl House {
                 // A balancer that is being handed over would keep it in one place and forget it in the other.
                 let _one_at_a_time = if changes { Some(self.change.lock().await) } else { None };
                 let keeper = lock(&self.workers).get(&Role::Lb).cloned();
-                let answer = match keeper {
-                    Some(keeper) => keeper.ask(request).await,
+                let reply = match keeper {
+                    Some(keeper) => keeper.ask(Question::Lb(request)).await,
                     None => None,
                 };
-                answer.map(|answer| Answer::Lb(Box::new(answer))).ok_or_else(|| {
-                    could_not("the balancer does not answer: its worker is being started again; try again, or see edgectl status")
-                })
+                match reply {
+                    Some(Reply::Lb(answer)) => Ok(Answer::Lb(answer)),
+                    _ => Err(could_not(
+                        "the balancer does not answer: its worker is being started again; try again, or see edgectl status",
+                    )),
+                }
             }
             Ask::Dns { request } => self
                 .dns(request, author)
@@ -338,15 +344,18 @@ impl House {
     async fn status(&self) -> Status {
         let keepers = lock(&self.workers).clone();
         let lb = match keepers.get(&Role::Lb) {
-            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(lb::status::Request::Status))
+            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(Question::Lb(lb::status::Request::Status)))
                 .await
                 .ok()
                 .flatten(),
             None => None,
         };
-        let lb = lb.and_then(|answer| match answer {
-            lb::status::Answer::Status(status) => Some(status),
-            _ => None,
+        let lb = lb.and_then(|reply| match reply {
+            Reply::Lb(answer) => match *answer {
+                lb::status::Answer::Status(status) => Some(status),
+                _ => None,
+            },
+            Reply::Dns64(_) => None,
         });
         let file = opening::read_config(&self.options.config).ok();
         let own = build::own();

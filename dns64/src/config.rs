@@ -76,7 +76,7 @@ pub struct Config {
     /// How long after its TTL an answer may be given while upstreams do not answer, or "none". Default: 1d.
     #[serde(default)]
     pub stale: Option<At<Timeout>>,
-    /// Memory for answers in MiB, 1 to 4096. Default: 32.
+    /// Memory for answers in MiB, 1 to 1024. Default: 32.
     #[serde(default)]
     pub cache_mib: Option<At<u32>>,
     /// The longest that an answer is kept, whatever its TTL. Default: 1d.
@@ -351,7 +351,7 @@ impl Config {
                 );
             }
         }
-        within(&mut faults, &self.cache_mib, 1..=4096, "MiB of cache");
+        within(&mut faults, &self.cache_mib, 1..=1024, "MiB of cache");
         if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
             faults.error(
                 at,

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::zone::{Algorithm, Change, Key, Owner};
+use crate::zone::Algorithm;
 
 /// What may be asked of a running resolver.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -323,21 +323,4 @@ pub struct Step {
     pub at_ms: f64,
     /// What was done and found.
     pub text: String,
-}
-
-/// What must be on the disk before it is in force.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Durable {
-    /// A node's records are others.
-    Zone(Change),
-    /// A node has a key.
-    Key(Key),
-    /// A key is no longer good; with a node's last one its records go.
-    KeyRemoved {
-        /// The key.
-        name: Owner,
-        /// The end of the node's records.
-        change: Option<Change>,
-    },
 }

@@ -47,6 +47,7 @@ use ipnet::Ipv6Net;
 
 pub mod data;
 pub mod keys;
+pub mod memory;
 pub mod policy;
 pub mod replay;
 pub mod state;
@@ -55,6 +56,7 @@ pub mod update;
 pub mod updates;
 
 pub use keys::{Algorithm, Key, KeyError, Keys};
+pub use memory::{Durable, Memory};
 pub use policy::{Limits, Refused};
 pub use replay::{Replay, Seen};
 pub use state::{Change, NodeRecord, Owner, State};

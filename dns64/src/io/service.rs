@@ -26,7 +26,6 @@ use hickory_proto::{
     rr::{Name, RData, Record, RecordType},
 };
 use rustix::rand::{GetRandomFlags, getrandom};
-use serde::{Deserialize, Serialize};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc, oneshot},
@@ -51,9 +50,9 @@ use crate::{
     rate::Rate,
     reverse,
     special::Local,
-    status::{self, Answer, Durable, KeyStatus, RecordText, Request, Status, ZoneRecords, ZoneStatus},
+    status::{self, Answer, KeyStatus, RecordText, Request, Status, ZoneRecords, ZoneStatus},
     upstream::Failure,
-    zone::{Algorithm, Change, Key, Keys, Owner, State, Step, Updates, Verdict, Zone, tsig},
+    zone::{Algorithm, Change, Durable, Key, Memory, Owner, State, Step, Updates, Verdict, Zone, tsig},
 };
 
 /// Messages that may wait for this thread; those that find the queue full stay without an answer.
@@ -80,16 +79,6 @@ pub struct Opened {
     pub files: BTreeMap<PathBuf, Vec<u8>>,
 }
 
-/// What outlives the service: the store has it, and gives it to the next one.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Memory {
-    /// What nodes registered, by zone.
-    pub zones: BTreeMap<Owner, State>,
-    /// The keys of nodes.
-    pub keys: Keys,
-}
-
 /// What the service is told.
 #[derive(Debug)]
 pub enum Command {
@@ -111,6 +100,8 @@ pub enum Command {
         /// Done, or why not; then nothing was changed.
         done: oneshot::Sender<Result<(), String>>,
     },
+    /// Something that another process of this service made durable while this one was started.
+    Learn(Box<Durable>),
     /// Answer what has come, for at most so long, and end.
     Stop {
         /// How long.
@@ -187,6 +178,7 @@ pub async fn run(config: Box<Config>, opened: Opened, memory: Memory, links: Lin
                     let result = service.reload(config, opened).await;
                     let _ = done.send(result.map_err(|error| error.to_string()));
                 }
+                Some(Command::Learn(durable)) => service.house.learn(*durable).await,
                 Some(Command::Stop { grace }) => return service.stop(grace).await,
                 None => return Ok(()),
             },
@@ -202,6 +194,8 @@ struct Service {
     tcp: BTreeMap<SocketAddr, CancellationToken>,
     tcp_shared: Arc<tcp::Shared>,
     work: mpsc::Sender<Work>,
+    /// What is known of zones that are not configured now.
+    unused: BTreeMap<Owner, State>,
     /// Counts of threads that have been stopped.
     before: udp::Counts,
 }
@@ -284,7 +278,8 @@ impl Back {
 
 impl Service {
     fn new(config: Box<Config>, opened: Opened, memory: Memory, commits: mpsc::Sender<Commit>) -> Result<Self, Error> {
-        let updates = Arc::new(Mutex::new(zones(&config, memory)?));
+        let (updates, unused) = zones(&config, memory)?;
+        let updates = Arc::new(Mutex::new(updates));
         let resolver = resolver(&config, &opened.files, &updates)?;
         let front = Arc::new(ArcSwap::from_pointee(Front {
             cache: Arc::new(Cache::new(config.cache(), config.stale(), random()?)),
@@ -318,6 +313,7 @@ impl Service {
             tcp: BTreeMap::new(),
             tcp_shared: tcp::Shared::new(front, tcp_work),
             work,
+            unused,
             before: udp::Counts::default(),
         };
         service.open(opened)?;
@@ -356,10 +352,13 @@ impl Service {
         // No update may be on its way to the disk while its zone is replaced.
         let house = Arc::clone(&self.house);
         let gate = house.one_at_a_time.lock().await;
-        let fresh = zones(&config, memory(&lock(&house.updates)))?;
+        let mut memory = memory(&lock(&house.updates));
+        memory.zones.extend(self.unused.clone());
+        let (fresh, unused) = zones(&config, memory)?;
         let resolver = resolver(&config, &files, &house.updates)?;
         self.open(opened)?;
         *lock(&house.updates) = fresh;
+        self.unused = unused;
         drop(gate);
         house.resolver.store(Arc::new(resolver));
         house.lifetimes.store(Arc::new(config.lifetimes()));
@@ -713,6 +712,12 @@ impl House {
         is_done.await.map_err(|_| gone())?
     }
 
+    async fn learn(&self, durable: Durable) {
+        let _gate = self.one_at_a_time.lock().await;
+        lock(&self.updates).learn(durable);
+        self.forget_zones();
+    }
+
     /// Forgets what was known of the zones, and of all that was made of it.
     fn forget_zones(&self) {
         let origins: Vec<Name> = {
@@ -939,9 +944,8 @@ impl House {
     }
 }
 
-/// The zones of `config` with what `memory` has of them. What belongs to a zone that is no longer configured is left to the
-/// store.
-fn zones(config: &Config, memory: Memory) -> Result<Updates, Error> {
+/// The zones of `config` with what `memory` has of them, and what is left of that.
+fn zones(config: &Config, memory: Memory) -> Result<(Updates, BTreeMap<Owner, State>), Error> {
     let Memory { mut zones, keys } = memory;
     let mut made = Vec::new();
     for config in config.zones() {
@@ -952,7 +956,7 @@ fn zones(config: &Config, memory: Memory) -> Result<Updates, Error> {
         }
         made.push(zone);
     }
-    Ok(Updates::new(made, keys))
+    Ok((Updates::new(made, keys), zones))
 }
 
 /// What `updates` hold, for a successor.

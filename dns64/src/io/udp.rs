@@ -26,6 +26,7 @@ use rustix::{
     net::sockopt::{Timeout, set_socket_recv_buffer_size, set_socket_timeout},
     time::{ClockId, clock_gettime},
 };
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -129,6 +130,25 @@ struct Counters([AtomicU64; 11]);
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
+
+/// A bound UDP socket at `address` with SO_REUSEPORT, so that each thread and each successor has its own queue; IPv6 only
+/// where IPv6, and free to bind an address that does not exist yet (IP_FREEBIND).
+///
+/// # Errors
+///
+/// What bind(2) says.
+pub fn bound(address: SocketAddr) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_reuse_port(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        socket.set_freebind_v6(true)?;
+    } else {
+        socket.set_freebind_v4(true)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
 
 /// Starts a thread for each of `sockets`, which are bound. `work` is bounded; what it has no room for stays without an
 /// answer. Another `front` takes effect with the next datagram.

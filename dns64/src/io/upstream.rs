@@ -314,7 +314,7 @@ impl Inner {
         }
     }
 
-    /// One attempt on nobody's behalf, sent twice if it is a datagram.
+    /// One attempt on nobody's behalf, sent three times if it is a datagram.
     async fn try_once(&self, question: &Question, server: usize) -> Option<Outcome> {
         let attempt = Attempt {
             number: 0,
@@ -326,11 +326,11 @@ impl Inner {
             Ok(running) => running,
             Err(outcome) => return Some(outcome),
         };
-        for again in [true, false] {
-            if let Ok(outcome) = timeout(CHECK / 2, poll_fn(|context| running.poll(context))).await {
+        for last in [false, false, true] {
+            if let Ok(outcome) = timeout(CHECK / 3, poll_fn(|context| running.poll(context))).await {
                 return Some(outcome);
             }
-            if again {
+            if !last {
                 running.send_again();
             }
         }

@@ -14,7 +14,9 @@ use crate::Answer;
 /// Attempts, whatever happens.
 const ATTEMPTS: usize = 16;
 /// Times that one datagram is sent.
-const SENDS: u32 = 4;
+const SENDS: u32 = 6;
+/// The intervals between them double up to this, or to a server's usual time if that is longer.
+const INTERVAL: Duration = Duration::from_millis(800);
 
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -166,7 +168,8 @@ impl Inquiry {
         let Attempt {
             number, server, over, ..
         } = progress.attempt;
-        let patience = choice.patience(server, over).saturating_mul(1 << progress.sends);
+        let usual = choice.patience(server, over);
+        let patience = usual.saturating_mul(1 << progress.sends).min(usual.max(INTERVAL));
         progress.sends += 1;
         progress.overdue = Some(now + patience);
         self.next = now + patience;
@@ -377,7 +380,7 @@ mod tests {
                 other => break other,
             }
         };
-        assert_eq!(sent, [400, 1200, 2800]);
+        assert_eq!(sent, [400, 1200, 2000, 2800, 3600]);
         assert_eq!((now, end), (4000, Step::Done(Err(Failure::Timeout))));
     }
 

@@ -8,7 +8,7 @@ use std::fmt;
 use hickory_proto::op::{Edns, Message, OpCode, ResponseCode};
 
 use super::{
-    Zone,
+    Durable, Zone,
     keys::{Key, KeyError, Keys},
     policy::Refused,
     replay::{Replay, Seen},
@@ -226,6 +226,24 @@ impl Updates {
             self.zones.iter_mut().for_each(|zone| zone.forget_key(key));
         }
         removed && change.is_none_or(|change| self.apply(change))
+    }
+
+    /// Takes in what is stored already, because another process of the same service did it.
+    pub fn learn(&mut self, durable: Durable) {
+        match durable {
+            Durable::Zone(change) => {
+                // One that was there at the start is not new.
+                let _ = self.apply(change);
+            }
+            Durable::Key(key) => drop(self.keys.add(key)),
+            Durable::KeyRemoved { name, change } => {
+                self.keys.remove(&name);
+                self.zones.iter_mut().for_each(|zone| zone.forget_key(&name));
+                if let Some(change) = change {
+                    let _ = self.apply(change);
+                }
+            }
+        }
     }
 
     fn consider(&self, request: &Message, signed: &Signed) -> Result<Option<Change>, Refused> {
