@@ -303,6 +303,10 @@ impl House {
                     )),
                 }
             }
+            Ask::Dns { request } => self
+                .dns(request, author)
+                .await
+                .map(|answer| Answer::Dns(Box::new(answer))),
             Ask::ConfigShow => {
                 let now = lock(&self.now);
                 Ok(Answer::Config(ConfigText {
@@ -371,8 +375,17 @@ impl House {
             },
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
+            dns: None,
             upgrade,
         }
+    }
+
+    /// PLACEHOLDER, to be replaced by the way to the resolver's worker.
+    async fn dns(&self, request: dns64::status::Request, author: &Author) -> Result<dns64::status::Answer, Refusal> {
+        if request.changes() {
+            tracing::info!(author = name(author), ?request, "asked for");
+        }
+        Err(could_not("the resolver is not configured; write a [dns64] section"))
     }
 }
 
