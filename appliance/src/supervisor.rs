@@ -343,19 +343,27 @@ impl House {
 
     async fn status(&self) -> Status {
         let keepers = lock(&self.workers).clone();
-        let lb = match keepers.get(&Role::Lb) {
-            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(Question::Lb(lb::status::Request::Status)))
-                .await
-                .ok()
-                .flatten(),
-            None => None,
+        let ask = async |role, question| {
+            let keeper = keepers.get(&role)?;
+            tokio::time::timeout(STATUS, keeper.ask(question)).await.ok()?
         };
+        let (lb, dns) = tokio::join!(
+            ask(Role::Lb, Question::Lb(lb::status::Request::Status)),
+            ask(Role::Dns64, Question::Dns64(dns64::status::Request::Status)),
+        );
         let lb = lb.and_then(|reply| match reply {
             Reply::Lb(answer) => match *answer {
                 lb::status::Answer::Status(status) => Some(status),
                 _ => None,
             },
             Reply::Dns64(_) => None,
+        });
+        let dns = dns.and_then(|reply| match reply {
+            Reply::Dns64(answer) => match *answer {
+                dns64::status::Answer::Status(status) => Some(*status),
+                _ => None,
+            },
+            Reply::Lb(_) => None,
         });
         let file = opening::read_config(&self.options.config).ok();
         let own = build::own();
@@ -375,17 +383,30 @@ impl House {
             },
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
-            dns: None,
+            dns,
             upgrade,
         }
     }
 
-    /// PLACEHOLDER, to be replaced by the way to the resolver's worker.
+    /// Asks the resolver.
     async fn dns(&self, request: dns64::status::Request, author: &Author) -> Result<dns64::status::Answer, Refusal> {
-        if request.changes() {
+        let changes = request.changes();
+        if changes {
             tracing::info!(author = name(author), ?request, "asked for");
         }
-        Err(could_not("the resolver is not configured; write a [dns64] section"))
+        // A resolver that is being replaced would have it in one place and not in the other.
+        let _one_at_a_time = if changes { Some(self.change.lock().await) } else { None };
+        let Some(keeper) = lock(&self.workers).get(&Role::Dns64).cloned() else {
+            return Err(bad_request(
+                "there is no resolver: the configuration has no [dns64] section; see docs/configuration.md for one",
+            ));
+        };
+        match keeper.ask(Question::Dns64(request)).await {
+            Some(Reply::Dns64(answer)) => Ok(*answer),
+            _ => Err(could_not(
+                "the resolver does not answer: its worker is being started again; try again, or see edgectl status",
+            )),
+        }
     }
 }
 

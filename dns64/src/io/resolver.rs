@@ -24,6 +24,7 @@ use hickory_proto::{
 use super::upstream::Forwarder;
 use crate::{
     Answer, Question,
+    answer::code_name,
     chain::{Chain, Link},
     query,
     reverse::{self, Form, Reverse},
@@ -343,7 +344,7 @@ fn told(answer: &Answer) -> String {
         (ResponseCode::NoError, 1) => "1 record".into(),
         (ResponseCode::NoError, count) => format!("{count} records"),
         (ResponseCode::NXDomain, _) => "no such name".into(),
-        (code, _) => code.to_string(),
+        (code, _) => code_name(code).into(),
     }
 }
 

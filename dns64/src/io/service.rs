@@ -42,6 +42,7 @@ use super::{
 use crate::{
     Config, Question,
     access::Access,
+    answer::code_name,
     cache::{Cache, Found},
     cookie::Cookies,
     front::Front,
@@ -52,7 +53,7 @@ use crate::{
     special::Local,
     status::{self, Answer, KeyStatus, RecordText, Request, Status, ZoneRecords, ZoneStatus},
     upstream::Failure,
-    zone::{Algorithm, Change, Durable, Key, Memory, Owner, State, Step, Updates, Verdict, Zone, tsig},
+    zone::{Algorithm, Change, Durable, Key, Memory, Owner, State, Step, Updates, Verdict, Why, Zone, tsig},
 };
 
 /// Messages that may wait for this thread; those that find the queue full stay without an answer.
@@ -65,6 +66,8 @@ const UPDATES: usize = 1024;
 const CLIENT_PATIENCE: Duration = Duration::from_millis(1800);
 /// How long a stale answer is given out before upstreams are asked again (RFC 8767 §5).
 const STALE_FOR: Duration = Duration::from_secs(30);
+/// Between two log lines about updates that were refused for the same reason.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// Longest name, key or record that an operator may write.
 const LONGEST: usize = 1024;
 
@@ -217,6 +220,8 @@ struct House {
     stale: AtomicU64,
     resolved: Mutex<BTreeMap<&'static str, u64>>,
     updated: Mutex<BTreeMap<&'static str, u64>>,
+    /// When the log last told of a refused update, by reason.
+    complained: Mutex<BTreeMap<&'static str, Instant>>,
 }
 
 /// A message with opcode UPDATE, and who sent it.
@@ -303,6 +308,7 @@ impl Service {
             stale: AtomicU64::new(0),
             resolved: Mutex::default(),
             updated: Mutex::default(),
+            complained: Mutex::default(),
         });
         tokio::spawn(Arc::clone(&house).take_up(asked, tcp_asked));
         tokio::spawn(Arc::clone(&house).update(queued));
@@ -682,10 +688,20 @@ impl House {
                 if why.code() == ResponseCode::NoError {
                     tracing::debug!(client = %back.client(), "a dynamic update: {why}");
                 } else {
-                    tracing::warn!(client = %back.client(), reason = why.name(), "a dynamic update was refused: {why}");
+                    self.complain(back.client(), &why);
                 }
                 back.send(response).await;
             }
+        }
+    }
+
+    /// Tells of an update that was refused; of each reason once in a while, lest a node that tries for ever fills the log.
+    fn complain(&self, client: SocketAddr, why: &Why) {
+        let mut complained = lock(&self.complained);
+        let last = complained.get(why.name()).copied();
+        if last.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
+            complained.insert(why.name(), Instant::now());
+            tracing::warn!(%client, reason = why.name(), "a dynamic update was refused: {why}");
         }
     }
 
@@ -1039,7 +1055,7 @@ fn resolved(question: &Question, answer: &crate::Answer, source: &str, ttl: u32,
     status::Resolved {
         name: question.name.to_string(),
         kind: question.kind.to_string(),
-        code: answer.code.to_string(),
+        code: code_name(answer.code).to_owned(),
         answers: texts(&answer.answers),
         authorities: texts(&answer.authorities),
         source: source.to_owned(),

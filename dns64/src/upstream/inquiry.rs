@@ -9,7 +9,7 @@ use std::time::Duration;
 use hickory_proto::op::ResponseCode;
 
 use super::{choice::Choice, url::Transport};
-use crate::Answer;
+use crate::{Answer, answer::code_name};
 
 /// Attempts, whatever happens.
 const ATTEMPTS: usize = 16;
@@ -28,7 +28,7 @@ pub enum Failure {
     #[error("every upstream is down")]
     Down,
     /// The servers replied with this code; `NoError` stands for a referral, `FormErr` also for what cannot be parsed.
-    #[error("upstreams answered {0}")]
+    #[error("upstreams answered {}", code_name(*.0))]
     Code(ResponseCode),
     /// The servers could not be reached, or hung up.
     #[error("no upstream could be reached")]
