@@ -133,6 +133,58 @@ fn who_validates_gets_what_there_is() {
 }
 
 #[test]
+fn while_an_upstream_fails_stale_answers_do_and_when_it_is_back_fresh_ones_come() {
+    let good = |name: &str, kind| match kind {
+        RecordType::A => say(&format!("{name} 1 A 198.51.100.1")),
+        _ => say("example.org 1 SOA 1"),
+    };
+    let mut upstream = Upstream::start(good);
+    let dns = Dns::start(&format!("{PREFIX}\n{}", upstream.line()));
+    let names = ["failing", "silent", "closed"].map(|name| format!("{name}.example.org AAAA"));
+    let made = |asked: &str| {
+        let name = asked.trim_end_matches(" AAAA");
+        format!("NOERROR {name} AAAA 2001:db8:64::c633:6401")
+    };
+    for asked in &names {
+        assert_eq!(dns.shows(asked), made(asked));
+    }
+    // The TTL is over after a second.
+    thread::sleep(Duration::from_millis(1100));
+
+    let [failing, silent, closed] = &names;
+    upstream.set(|_, _| fail());
+    let stale = dns.ask(failing);
+    assert_eq!(shown(&stale), made(failing));
+    assert_eq!(stale.answers[0].ttl, 30);
+
+    upstream.set(move |name, kind| match name {
+        // It is alive, as a check of it finds out.
+        "" => nothing(),
+        _ => after(2600, good(name, kind)),
+    });
+    let begun = Instant::now();
+    assert_eq!(dns.shows(silent), made(silent));
+    let waited = begun.elapsed();
+    assert!((1500..2200).contains(&waited.as_millis()), "{waited:?}");
+    let begun = Instant::now();
+    assert_eq!(dns.ask(silent).answers[0].ttl, 30);
+    assert!(begun.elapsed() < Duration::from_millis(300), "later ones do not wait");
+    wait("a fresh answer", || dns.ask(silent).answers[0].ttl <= 1);
+
+    upstream.close();
+    let begun = Instant::now();
+    assert_eq!(dns.shows(closed), made(closed));
+    assert!(begun.elapsed() < Duration::from_millis(2200), "{:?}", begun.elapsed());
+    for _ in 0..5 {
+        let begun = Instant::now();
+        assert_eq!(dns.ask(closed).answers[0].ttl, 30);
+        assert!(begun.elapsed() < Duration::from_millis(300));
+    }
+    assert!(dns.status().cache.stale >= 3);
+    assert_eq!(dns.shows("unknown.example.org AAAA"), "SERVFAIL");
+}
+
+#[test]
 fn an_upstream_that_fails_is_servfail_and_not_asked_by_each_client() {
     let upstream = Upstream::start(|_, _| fail());
     let dns = Dns::start(&upstream.line());

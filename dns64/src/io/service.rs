@@ -520,11 +520,11 @@ impl House {
             return back.send(octets).await;
         }
         let mut renewing = std::pin::pin!(self.renew(&question));
-        let packed = match timeout(CLIENT_PATIENCE, renewing.as_mut()).await {
-            Ok(packed) => packed,
+        let (packed, too_late) = match timeout(CLIENT_PATIENCE, renewing.as_mut()).await {
+            Ok(packed) => (packed, false),
             // Somebody waits too long: what is stale is better than nothing, and the question goes on.
-            Err(_) if self.keep_serving(&question) => None,
-            Err(_) => renewing.as_mut().await,
+            Err(_) if self.keep_serving(&question) => (None, true),
+            Err(_) => (renewing.as_mut().await, false),
         };
         let octets = match &packed {
             Some(packed) => packed_for(&back, packed),
@@ -533,8 +533,8 @@ impl House {
                 .unwrap_or_else(|| code(&back, ResponseCode::ServFail)),
         };
         back.send(octets).await;
-        if packed.is_none() {
-            // Too late for this client, in time for the next.
+        if too_late {
+            // For this client, and in time for the next.
             let _ = timeout(Duration::from_secs(10), renewing).await;
         }
     }
