@@ -555,6 +555,27 @@ fn who_brings_the_cookie_that_it_got_is_known() {
 }
 
 #[test]
+fn a_signature_lifts_no_limit_of_a_network() {
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let limited = format!("{ZONE}\n[rate_limit]\nsame = 1\nall = 10\nburst = 1");
+    let dns = Dns::start_with(&limited, memory);
+    let client = dns.client();
+    let (query, _) = signed(question("edge.fleet AAAA"), &node);
+    for _ in 0..50 {
+        client.send(&query.to_vec().expect("a query")).expect("sent");
+    }
+    dns.wait("all came", |status| status.udp.received == 50);
+    assert!(dns.status().udp.limited >= 40, "{:?}", dns.status().udp);
+    let mut stream = dns.connect();
+    write(&mut stream, &[query]);
+    assert_eq!(
+        shown(&read(&mut stream).expect("an answer")),
+        "NOERROR edge.fleet AAAA fd0d::1"
+    );
+}
+
+#[test]
 fn what_does_not_fit_a_datagram_comes_over_tcp() {
     let upstream = Upstream::start(|name, _| {
         let lines: Vec<String> = (1..=100).map(|i| format!("{name} 300 A 198.51.100.{i}")).collect();
