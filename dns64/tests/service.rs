@@ -645,6 +645,28 @@ fn an_update_is_durable_first_and_seen_at_once_whatever_was_known_before() {
 }
 
 #[test]
+fn an_update_is_seen_at_once_through_an_alias_from_outside() {
+    let upstream = Upstream::start(|name, kind| match (name, kind) {
+        ("www.example.org", _) => say("www.example.org 300 CNAME node1.fleet"),
+        ("in.example.org", RecordType::AAAA) => say("in.example.org 300 CNAME node1.fleet"),
+        _ => nothing(),
+    });
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(&format!("{PREFIX}\n{}\n{ZONE}", upstream.line()), memory);
+    assert_eq!(
+        dns.shows("www.example.org AAAA"),
+        "NXDOMAIN www.example.org CNAME node1.fleet"
+    );
+    for address in ["fd0d::11", "fd0d::12"] {
+        let updates = format!("delete node1.fleet AAAA\nnode1.fleet 1800 AAAA {address}");
+        assert_eq!(shown(&dns.signed(update(&updates), &node)), "NOERROR");
+        let expected = format!("NOERROR www.example.org CNAME node1.fleet node1.fleet AAAA {address}");
+        assert_eq!(dns.shows("www.example.org AAAA"), expected);
+    }
+}
+
+#[test]
 fn a_node_registers_over_tcp_and_cannot_take_what_is_anothers() {
     let mut memory = Memory::default();
     let (one, two) = (keyed("node1", &mut memory), keyed("node2", &mut memory));
