@@ -576,6 +576,45 @@ fn a_signature_lifts_no_limit_of_a_network() {
 }
 
 #[test]
+fn strangers_together_take_no_more_connections_than_one_who_may_ask() {
+    let dns = Dns::start(&format!("allow = [\"127.0.0.1/32\"]\n{ZONE}"));
+    let from = |source: &str| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        let source: std::net::SocketAddr = format!("{source}:0").parse().expect("an address");
+        socket.bind(&source.into()).expect("bound");
+        socket.connect(&dns.address.into()).expect("connected");
+        TcpStream::from(socket)
+    };
+    let strangers: Vec<TcpStream> = (0..70).map(|i| from(&format!("127.0.1.{i}"))).collect();
+    dns.wait("six too many", |status| status.tcp.turned_away == 6);
+    let mut stream = dns.connect();
+    write(&mut stream, &[question("edge.fleet AAAA")]);
+    assert_eq!(
+        shown(&read(&mut stream).expect("an answer")),
+        "NOERROR edge.fleet AAAA fd0d::1"
+    );
+    drop(strangers);
+}
+
+#[test]
+fn an_update_that_comes_again_after_a_reload_gets_the_same_answer() {
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(ZONE, memory);
+    let (message, _) = signed(update("node1.fleet 300 AAAA fd0d::11"), &node);
+    let message = message.to_vec().expect("a message");
+    let first = dns.exchange_octets(&message);
+    dns.reload(&[dns.address], Opened::default(), ZONE).expect("good");
+    assert_eq!(dns.exchange_octets(&message), first);
+    assert_eq!(dns.kept().len(), 1);
+    assert_eq!(
+        shown(&dns.signed(update("node1.fleet 300 TXT x"), &node)),
+        "NOERROR",
+        "in the same second"
+    );
+}
+
+#[test]
 fn what_does_not_fit_a_datagram_comes_over_tcp() {
     let upstream = Upstream::start(|name, _| {
         let lines: Vec<String> = (1..=100).map(|i| format!("{name} 300 A 198.51.100.{i}")).collect();
@@ -744,6 +783,45 @@ fn what_nodes_registered_outlives_the_service() {
     later.finalize(&node, now() + 1).expect("signed");
     assert_eq!(shown(&second.exchange(&later)), "NOERROR");
     assert_eq!(second.shows("node1.fleet AAAA"), "NOERROR");
+}
+
+#[test]
+fn a_signed_query_gets_a_signed_answer() {
+    let upstream = Upstream::start(|name, _| {
+        let lines: Vec<String> = (1..=100).map(|i| format!("{name} 300 A 198.51.100.{i}")).collect();
+        say(&lines.join("\n"))
+    });
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(&format!("{}\n{ZONE}", upstream.line()), memory);
+    let reply = dns.signed(question("node1.fleet SOA"), &node);
+    assert_eq!(reply.metadata.response_code, ResponseCode::NXDomain);
+    assert_eq!(reply.authorities.len(), 1, "by which nsupdate finds the zone");
+    let reply = dns.signed(question("edge.fleet AAAA"), &node);
+    assert_eq!(shown(&reply), "NOERROR edge.fleet AAAA fd0d::1");
+    let stranger = rig::signer("node9.fleet", &[1; 32]);
+    let (message, _) = signed(question("edge.fleet AAAA"), &stranger);
+    assert_eq!(shown(&dns.exchange(&message)), "NOTAUTH");
+
+    // A signature lifts no limit of a datagram.
+    for (query, limit) in [
+        (question("big.example.org A"), 512),
+        (with_edns(question("big.example.org A"), 4096), 1232),
+    ] {
+        let (message, mut verifier) = signed(query, &node);
+        let octets = dns.exchange_octets(&message.to_vec().expect("a message"));
+        assert!(octets.len() <= limit, "{} octets", octets.len());
+        verifier.verify(&octets).expect("it is signed");
+        let reply = Message::from_vec(&octets).expect("a message");
+        assert!(reply.metadata.truncation);
+    }
+    let (message, _) = signed(question("big.example.org A"), &node);
+    let mut stream = dns.connect();
+    write(&mut stream, &[message]);
+    assert_eq!(read(&mut stream).expect("an answer").answers.len(), 100);
+    let mut without_recursion = question("other.example.org A");
+    without_recursion.metadata.recursion_desired = false;
+    assert_eq!(shown(&dns.signed(without_recursion, &node)), "REFUSED");
 }
 
 #[test]
@@ -967,6 +1045,67 @@ fn a_reload_that_cannot_be_changes_nothing() {
     assert!(!why.is_empty());
     assert_eq!(dns.shows("www.example.org A"), "NOERROR www.example.org A 198.51.100.1");
     assert_eq!(dns.shows("edge.fleet AAAA"), "NOERROR edge.fleet AAAA fd0d::1");
+}
+
+#[test]
+fn a_zone_that_goes_and_comes_back_has_its_nodes_and_its_serial() {
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(ZONE, memory);
+    assert_eq!(
+        shown(&dns.signed(update("node1.fleet 300 AAAA fd0d::11"), &node)),
+        "NOERROR"
+    );
+    let serial = dns.status().zones[0].serial;
+    let other = ZONE.replace("fleet", "other").replace("fd0d:", "fd0e:");
+    dns.reload(&[dns.address], Opened::default(), &other).expect("good");
+    assert_ne!(dns.shows("node1.fleet AAAA"), "NOERROR node1.fleet AAAA fd0d::11");
+    dns.reload(&[dns.address], Opened::default(), ZONE).expect("good");
+    assert_eq!(dns.shows("node1.fleet AAAA"), "NOERROR node1.fleet AAAA fd0d::11");
+    assert_eq!(dns.status().zones[0].serial, serial);
+}
+
+#[test]
+fn before_it_ends_it_answers_what_it_took() {
+    let upstream = Upstream::start(|name, _| after(300, say(&format!("{name} 300 A 198.51.100.1"))));
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(&format!("{}\n{ZONE}", upstream.line()), memory);
+    let clients: Vec<_> = (0..200).map(|_| dns.client()).collect();
+    for (i, client) in clients.iter().enumerate() {
+        let query = question(&format!("n{i}.example.org A")).to_vec().expect("a query");
+        client.send(&query).expect("sent");
+    }
+    let mut streams: Vec<TcpStream> = (0..20).map(|_| dns.connect()).collect();
+    for (i, stream) in streams.iter_mut().enumerate() {
+        write(stream, &[question(&format!("t{i}.example.org A"))]);
+    }
+    dns.set_disk(Disk::Slow);
+    let updating: Vec<_> = (11..15).map(|_| dns.client()).collect();
+    for (i, client) in updating.iter().enumerate() {
+        let (message, _) = signed(update(&format!("node1.fleet 300 AAAA fd0d::1{i}")), &node);
+        client.send(&message.to_vec().expect("a message")).expect("sent");
+    }
+    dns.wait("all is taken", |status| {
+        status.udp.received == 204 && status.tcp.received == 20
+    });
+    wait("the first update is on its way to the disk", || dns.waiting() == 1);
+    dns.tell(Command::Stop { grace: SOON });
+    for client in clients {
+        let reply = Message::from_vec(&received(&client)).expect("a message");
+        assert_eq!(reply.answers.len(), 1);
+    }
+    for mut stream in streams {
+        assert_eq!(read(&mut stream).expect("an answer").answers.len(), 1);
+        assert!(read(&mut stream).is_none(), "then it ends");
+    }
+    dns.set_disk(Disk::Good);
+    dns.disk_done();
+    for client in updating {
+        let reply = Message::from_vec(&received(&client)).expect("a message");
+        assert_eq!(shown(&reply), "NOERROR");
+    }
+    assert_eq!(dns.kept().len(), 4);
 }
 
 #[test]
