@@ -71,7 +71,10 @@ impl Peer {
                 let line = first_line(Command::new("unbound").arg("-V")).context(INSTALL)?;
                 Ok(format!("unbound {}", line.trim_start_matches("Version ")))
             }
-            Self::Bind => first_line(Command::new("named").arg("-v")).context(INSTALL),
+            Self::Bind => {
+                let line = first_line(Command::new("named").arg("-v")).context(INSTALL)?;
+                Ok(line.split(" (").next().unwrap_or(&line).to_owned())
+            }
         }
     }
 

@@ -153,6 +153,7 @@ impl Report {
                 ("p99 µs", Load::Rate, What::P99),
                 ("CPU µs/query", Load::Rate, What::Cpu),
                 ("lost %", Load::Rate, What::Loss),
+                ("sent late %", Load::Rate, What::Late),
                 ("upstream/query", Load::Rate, What::Upstream),
                 ("max queries/s", Load::Maximum, What::Rate),
                 ("CPU µs/query at max", Load::Maximum, What::Cpu),
