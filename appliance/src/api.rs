@@ -44,6 +44,12 @@ pub enum Ask {
         /// What to ask the balancer.
         request: lb::status::Request,
     },
+    /// `POST /v1/dns` with a `dns64::status::Request`; what [changes](dns64::status::Request::changes) anything needs the
+    /// operate role.
+    Dns {
+        /// What to ask the resolver.
+        request: dns64::status::Request,
+    },
     /// `GET /v1/config`: the running configuration.
     ConfigShow,
     /// `POST /v1/config/apply`: check, then put into effect.
@@ -82,6 +88,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// To [`Ask::Lb`].
     Lb(Box<lb::status::Answer>),
+    /// To [`Ask::Dns`].
+    Dns(Box<dns64::status::Answer>),
     /// To [`Ask::ConfigShow`].
     Config(ConfigText),
     /// To [`Ask::ConfigApply`], [`Ask::ConfigConfirm`] and [`Ask::ConfigRollback`].
@@ -127,6 +135,9 @@ pub struct Status {
     pub workers: Vec<WorkerStatus>,
     /// The balancer; `None` while its worker does not answer.
     pub lb: Option<lb::status::Status>,
+    /// The resolver; `None` if there is none, or while its worker does not answer.
+    #[serde(default)]
+    pub dns: Option<dns64::status::Status>,
     /// The upgrade that is under way, or the last one since the daemon started.
     #[serde(default)]
     pub upgrade: Option<Upgrade>,

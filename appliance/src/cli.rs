@@ -6,9 +6,10 @@
 //! Every command prints one JSON object with `schema_version` under `--output json`, its errors included.
 
 mod config;
+pub(crate) mod dns;
 mod lb;
 pub(crate) mod out;
-mod status;
+pub(crate) mod status;
 mod upgrade;
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
@@ -28,12 +29,13 @@ const AFTER: &str = "\
 Exit codes:
   0  done, or nothing wrong
   1  could not: edged is away, refused, or something is wrong with it
-  2  bad input: a faulty file, an unknown backend, a wrong argument
+  2  bad input: a faulty file, an unknown backend or zone, a wrong argument
   config diff: 0 the same, 2 different, 1 could not tell
 
 Examples:
   edgectl status --watch
   edgectl lb why '[fd00::11]:6443'
+  edgectl dns trace example.org
   edgectl config check edged.toml && sudo edgectl config apply edged.toml --confirm 60s
   edgectl doctor
 
@@ -41,7 +43,7 @@ Environment:
   EDGECTL_SOCKET  the control socket, unless --socket names one
   NO_COLOR        no colours, even on a terminal";
 
-/// Looks after edged, the edge appliance: status, configuration, load balancer, diagnosis
+/// Looks after edged, the edge appliance: status, configuration, load balancer, DNS, diagnosis
 #[derive(Debug, Parser)]
 #[command(name = "edgectl", version, after_long_help = AFTER, after_help = "Exit codes: 0 done, 1 could not, 2 bad input. More, with examples: edgectl --help", max_term_width = 100)]
 struct Edgectl {
@@ -83,6 +85,9 @@ enum Command {
     /// The load balancer: backends, why one is out, drains
     #[command(subcommand)]
     Lb(Lb),
+    /// The resolver: what it answers and why, zones, keys of nodes, its cache
+    #[command(subcommand)]
+    Dns(Dns),
     /// The configuration: check, compare, apply, go back
     #[command(subcommand)]
     Config(Config),
@@ -159,6 +164,130 @@ enum Lb {
         /// HOST:PORT as configured, or FRONTEND/HOST:PORT
         backend: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum Dns {
+    /// What a client gets for a name, from the cache if it is known
+    #[command(
+        after_help = "Exit codes: 0 there is an answer, be it that there is no such name; 1 there is none (SERVFAIL, REFUSED); 2 bad input.\n\nExamples:\n  edgectl dns query example.org\n  edgectl dns query example.org TXT\n  edgectl dns query 64:ff9b::c633:640a      whose address it is\n  edgectl dns query example.org -o json | jq -r '.answers[].data'"
+    )]
+    Query {
+        /// A name, or an address to ask for its name
+        #[arg(value_parser = domain_or_address)]
+        name: String,
+        /// A record type [default: AAAA]
+        #[arg(value_parser = record_type, value_name = "TYPE")]
+        kind: Option<String>,
+    },
+    /// Why a name has the answer it has: each step from scratch, then the answer
+    #[command(
+        after_help = "The cache is neither asked nor filled.\n\nExit codes: 0 there is an answer, be it that there is no such name; 1 there is none; 2 bad input.\n\nExamples:\n  edgectl dns trace example.org\n  edgectl dns trace fd0d::11"
+    )]
+    Trace {
+        /// A name, or an address to ask for its name
+        #[arg(value_parser = domain_or_address)]
+        name: String,
+        /// A record type [default: AAAA]
+        #[arg(value_parser = record_type, value_name = "TYPE")]
+        kind: Option<String>,
+    },
+    /// The zones that edged serves itself
+    #[command(subcommand)]
+    Zone(DnsZone),
+    /// The keys that nodes sign their updates with
+    #[command(subcommand)]
+    Key(DnsKey),
+    /// What the resolver knows from others
+    #[command(subcommand)]
+    Cache(DnsCache),
+    /// Listeners, counters, cache, upstreams, zones
+    #[command(
+        after_help = "Examples:\n  edgectl dns status\n  edgectl dns status -o json | jq '.upstreams[].servers[] | select(.state != \"up\")'"
+    )]
+    Status,
+}
+
+#[derive(Debug, Subcommand)]
+enum DnsZone {
+    /// Every record, and which of them nodes registered
+    #[command(
+        after_help = "Examples:\n  edgectl dns zone show\n  edgectl dns zone show fleet\n  edgectl dns zone show -o json | jq '.zones[].records[] | select(.dynamic)'"
+    )]
+    Show {
+        /// A zone, reverse zones included; without it all of them
+        #[arg(value_parser = domain)]
+        zone: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DnsKey {
+    /// Makes a key for a node: it may change that node's name and no other
+    #[command(
+        after_help = "The key is good at once and outlives restarts. Its file is the one that nsupdate -k takes; the secret is told only here.\nA node has two keys at most, so that it can change from one to the other.\n\nExamples:\n  sudo edgectl dns key add n1 --out n1.key\n  sudo edgectl dns key add n1.fleet --algorithm hmac-sha512 | ssh n1 'umask 077; cat > /etc/edged-dns.key'"
+    )]
+    Add {
+        /// The node's name, in full or below the first zone
+        #[arg(value_parser = domain)]
+        node: String,
+        /// How the node signs
+        #[arg(long, value_enum, default_value_t = Signing::HmacSha256, value_name = "ALGORITHM")]
+        algorithm: Signing,
+        /// Write the key to this file, which must not exist, instead of stdout
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// Every key, without its secret
+    #[command(after_help = "Example:\n  edgectl dns key list")]
+    List,
+    /// Takes a key back; with a node's last one its records go
+    #[command(after_help = "Examples:\n  sudo edgectl dns key rm n1.fleet\n  sudo edgectl dns key rm key2.n1.fleet")]
+    Rm {
+        /// The key's name, in full or below the first zone
+        #[arg(value_parser = domain)]
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DnsCache {
+    /// Forgets answers, so that they are asked for again
+    #[command(
+        after_help = "Examples:\n  sudo edgectl dns cache flush                        everything\n  sudo edgectl dns cache flush www.example.org        one name\n  sudo edgectl dns cache flush example.org --below    and all below it"
+    )]
+    Flush {
+        /// The name; without it everything is forgotten
+        #[arg(value_parser = domain)]
+        name: Option<String>,
+        /// And all names below it
+        #[arg(long, requires = "name")]
+        below: bool,
+    },
+}
+
+/// As in BIND's key files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Signing {
+    /// The one that every implementation has
+    #[value(name = "hmac-sha256")]
+    HmacSha256,
+    /// HMAC with SHA-384
+    #[value(name = "hmac-sha384")]
+    HmacSha384,
+    /// HMAC with SHA-512
+    #[value(name = "hmac-sha512")]
+    HmacSha512,
+}
+
+impl From<Signing> for dns64::zone::Algorithm {
+    fn from(signing: Signing) -> Self {
+        match signing {
+            Signing::HmacSha256 => Self::HmacSha256,
+            Signing::HmacSha384 => Self::HmacSha384,
+            Signing::HmacSha512 => Self::HmacSha512,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -287,6 +416,20 @@ async fn run(command: Command, client: &Client, out: Out) -> Result<u8, Fail> {
             Lb::Drain { backend } => lb::drain(client, out, backend, true).await,
             Lb::Undrain { backend } => lb::drain(client, out, backend, false).await,
         },
+        Command::Dns(command) => match command {
+            Dns::Query { name, kind } => dns::query(client, out, name, kind, false).await,
+            Dns::Trace { name, kind } => dns::query(client, out, name, kind, true).await,
+            Dns::Zone(DnsZone::Show { zone }) => dns::zones(client, out, zone).await,
+            Dns::Key(DnsKey::Add {
+                node,
+                algorithm,
+                out: file,
+            }) => dns::key_add(client, out, node, algorithm.into(), file.as_deref()).await,
+            Dns::Key(DnsKey::List) => dns::key_list(client, out).await,
+            Dns::Key(DnsKey::Rm { name }) => dns::key_rm(client, out, name).await,
+            Dns::Cache(DnsCache::Flush { name, below }) => dns::flush(client, out, name, below).await,
+            Dns::Status => dns::status(client, out).await,
+        },
         Command::Config(command) => match command {
             Config::Check { file } => config::check(out, &file),
             Config::Schema => {
@@ -355,6 +498,29 @@ fn wants_json(arguments: &[OsString]) -> bool {
         || text
             .windows(2)
             .any(|pair| matches!(pair[0].as_ref(), "-o" | "--output") && pair[1] == "json")
+}
+
+/// What can be a domain name; edged reads it with the same code.
+fn domain(text: &str) -> Result<String, String> {
+    text.parse::<dns64::config::Domain>().map(|_| text.to_owned())
+}
+
+fn domain_or_address(text: &str) -> Result<String, String> {
+    if text.parse::<std::net::IpAddr>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    domain(text)
+}
+
+fn record_type(text: &str) -> Result<String, String> {
+    let dns64::config::Domain(root) = ".".parse()?;
+    let question = text
+        .to_ascii_uppercase()
+        .parse()
+        .map(|kind| dns64::Question::new(&root, kind));
+    question
+        .map(|_| text.to_owned())
+        .map_err(|_| "write a record type such as AAAA, A, PTR or TXT".into())
 }
 
 /// A time of whole seconds: `60s`, `5m`.

@@ -15,9 +15,9 @@ mod secret;
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use lb::config::At;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use settings::At;
 
 pub(crate) use self::load::nearest;
 pub use self::{
@@ -53,6 +53,9 @@ pub struct Config {
     /// TCP load balancing: frontends, their backends, and the health endpoint.
     #[serde(default)]
     pub lb: lb::Config,
+    /// DNS for nodes without IPv4. Default: none.
+    #[serde(default)]
+    pub dns64: Option<dns64::Config>,
 }
 
 /// How `edged` is operated and watched.
@@ -122,16 +125,11 @@ impl Level {
 
 impl Default for Control {
     fn default() -> Self {
-        let metrics = DEFAULT_METRICS.parse().into_iter().map(unwritten).collect();
+        let metrics = DEFAULT_METRICS.parse().into_iter().map(At::unwritten).collect();
         Self {
-            socket: unwritten(PathBuf::from(DEFAULT_SOCKET)),
+            socket: At::unwritten(PathBuf::from(DEFAULT_SOCKET)),
             metrics,
             metrics_token_file: None,
         }
     }
-}
-
-/// A default: it has no place in the file, which an empty span says.
-fn unwritten<T>(value: T) -> At<T> {
-    At { value, span: 0..0 }
 }

@@ -29,7 +29,7 @@ use crate::api::{Answer, Ask, Author, Op, Refusal, SCHEMA_VERSION};
 
 /// Members of this group may look.
 pub const READ_GROUP: &str = "edge";
-/// Members of this group may also apply configurations and drain backends.
+/// Members of this group may also apply configurations, drain backends and make keys for nodes.
 pub const OPERATE_GROUP: &str = "edge-admin";
 /// Connections served at a time.
 pub const MAX_CONNECTIONS: usize = 64;
@@ -49,7 +49,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(9);
 pub enum Role {
     /// Look: status, configuration, metrics.
     Read,
-    /// Change what runs: apply, confirm, roll back, drain, upgrade.
+    /// Change what runs: apply, confirm, roll back, drain, upgrade, keys of nodes.
     Operate,
     /// Everything.
     Admin,
@@ -322,6 +322,7 @@ fn body(answer: Answer) -> Result<(&'static str, String), Failure> {
     let value = match answer {
         Answer::Status(status) => versioned(&status),
         Answer::Lb(answer) => versioned(&answer),
+        Answer::Dns(answer) => versioned(&answer),
         Answer::Config(config) => versioned(&config),
         Answer::Applied(applied) => versioned(&applied),
         Answer::Upgrade(upgrade) => versioned(&upgrade),
@@ -388,6 +389,9 @@ async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
         "/v1/lb" if post => Ask::Lb {
             request: json_body(body).await?,
         },
+        "/v1/dns" if post => Ask::Dns {
+            request: json_body(body).await?,
+        },
         "/v1/config/apply" if post => {
             let Apply {
                 text,
@@ -414,7 +418,7 @@ async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
                 "this path is read with GET",
             ));
         }
-        "/v1/lb" | "/v1/config/apply" | "/v1/config/confirm" | "/v1/config/rollback" | "/v1/upgrade" => {
+        "/v1/lb" | "/v1/dns" | "/v1/config/apply" | "/v1/config/confirm" | "/v1/config/rollback" | "/v1/upgrade" => {
             return Err(Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes POST"));
         }
         _ => {
@@ -463,6 +467,7 @@ async fn json_body<T: for<'de> Deserialize<'de>>(body: Incoming) -> Result<T, Fa
 }
 
 fn allowed(ask: &Ask, role: Role, author: &Author) -> Result<(), Failure> {
+    use dns64::status::Request as Dns;
     use lb::status::Request as Lb;
     let needed = match ask {
         Ask::Status
@@ -471,9 +476,15 @@ fn allowed(ask: &Ask, role: Role, author: &Author) -> Result<(), Failure> {
         | Ask::Metrics
         | Ask::Lb {
             request: Lb::Status | Lb::Why { .. },
+        }
+        | Ask::Dns {
+            request: Dns::Status | Dns::Query { .. } | Dns::Zones { .. } | Dns::Keys,
         } => Role::Read,
         Ask::Lb {
             request: Lb::Drain { .. } | Lb::Undrain { .. },
+        }
+        | Ask::Dns {
+            request: Dns::Flush { .. } | Dns::AddKey { .. } | Dns::RemoveKey { .. },
         }
         | Ask::ConfigApply { .. }
         | Ask::ConfigConfirm

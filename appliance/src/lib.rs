@@ -8,6 +8,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod doctor;
+pub mod endpoint;
 pub mod handover;
 pub mod log;
 pub mod metrics;

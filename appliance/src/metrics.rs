@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
+use dns64::status::{Cache, Group, Server, Status as Dns, Tcp, Udp, ZoneStatus};
 use lb::status::{Ejections, FrontendStatus, Histogram, State};
 
-use crate::api::Status;
+use crate::{api::Status, cli::dns::domain};
 
 /// What `GET /metrics` says it answers.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -57,6 +58,9 @@ pub fn render(status: &Status) -> String {
     }
     if let Some(lb) = &status.lb {
         page.balancer(&lb.frontends);
+    }
+    if let Some(dns) = &status.dns {
+        page.resolver(dns);
     }
     page.0
 }
@@ -344,6 +348,284 @@ impl Page {
             let seconds = sum.latency.sum_us as f64 / 1e6;
             self.sample("edge_lb_connect_duration_seconds_sum", &labels, seconds);
             self.sample("edge_lb_connect_duration_seconds_count", &labels, below);
+        }
+    }
+
+    fn resolver(&mut self, dns: &Dns) {
+        self.messages(&dns.udp, &dns.tcp);
+        self.cache(&dns.cache);
+        self.by_name(
+            "edge_dns_resolved_total",
+            "Questions that were not known, by what became of them.",
+            "result",
+            &dns.resolved,
+        );
+        self.by_name(
+            "edge_dns_updates_total",
+            "Dynamic updates, by what became of them.",
+            "result",
+            &dns.updates,
+        );
+        self.per_domain(&dns.upstreams);
+        self.per_upstream(&dns.upstreams);
+        self.per_zone(&dns.zones);
+        self.family("edge_dns_keys", "gauge", "Keys of nodes.");
+        self.sample("edge_dns_keys", &[], dns.keys);
+    }
+
+    fn messages(&mut self, udp: &Udp, tcp: &Tcp) {
+        self.family("edge_dns_received_total", "counter", "Messages that came.");
+        for (transport, count) in [("udp", udp.received), ("tcp", tcp.received)] {
+            self.sample("edge_dns_received_total", &[("transport", transport)], count);
+        }
+        self.family(
+            "edge_dns_denied_total",
+            "counter",
+            "Messages from who may not ask: silence by UDP, REFUSED by TCP.",
+        );
+        for (transport, count) in [("udp", udp.denied), ("tcp", tcp.denied)] {
+            self.sample("edge_dns_denied_total", &[("transport", transport)], count);
+        }
+        let counters: [Counter<Udp>; 9] = [
+            (
+                "edge_dns_udp_hits_total",
+                "Datagrams answered with what was known.",
+                |u| u.hits,
+            ),
+            (
+                "edge_dns_udp_misses_total",
+                "Datagrams that were looked further into.",
+                |u| u.misses,
+            ),
+            (
+                "edge_dns_udp_rejected_total",
+                "Datagrams answered with a code alone.",
+                |u| u.rejected,
+            ),
+            (
+                "edge_dns_udp_slipped_total",
+                "Answers above the rate limit that said to come again by TCP or with a cookie.",
+                |u| u.slipped,
+            ),
+            (
+                "edge_dns_udp_limited_total",
+                "Answers above the rate limit that were not given.",
+                |u| u.limited,
+            ),
+            ("edge_dns_udp_ignored_total", "Datagrams that were no queries.", |u| {
+                u.ignored
+            }),
+            (
+                "edge_dns_udp_dropped_total",
+                "Datagrams that found the queue of questions full.",
+                |u| u.dropped,
+            ),
+            (
+                "edge_dns_udp_refreshed_total",
+                "Answers in use that were renewed before they ran out.",
+                |u| u.refreshed,
+            ),
+            (
+                "edge_dns_udp_unsent_total",
+                "Answers that the kernel did not take.",
+                |u| u.unsent,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            self.sample(name, &[], value(udp));
+        }
+        self.family("edge_dns_tcp_connections", "gauge", "Connections that are open.");
+        self.sample("edge_dns_tcp_connections", &[], tcp.open);
+        self.family(
+            "edge_dns_tcp_accepted_total",
+            "counter",
+            "Connections that were accepted.",
+        );
+        self.sample("edge_dns_tcp_accepted_total", &[], tcp.accepted);
+        self.family(
+            "edge_dns_tcp_turned_away_total",
+            "counter",
+            "Connections closed at once: too many, or too many of one source.",
+        );
+        self.sample("edge_dns_tcp_turned_away_total", &[], tcp.turned_away);
+    }
+
+    fn cache(&mut self, cache: &Cache) {
+        let families: [(&str, &str, &str, u64); 6] = [
+            (
+                "edge_dns_cache_entries",
+                "gauge",
+                "Answers that are known.",
+                cache.entries,
+            ),
+            ("edge_dns_cache_bytes", "gauge", "Memory that they take.", cache.octets),
+            (
+                "edge_dns_cache_limit_bytes",
+                "gauge",
+                "Memory that they may take.",
+                cache.limit,
+            ),
+            (
+                "edge_dns_cache_inserted_total",
+                "counter",
+                "Answers that came to be known.",
+                cache.inserted,
+            ),
+            (
+                "edge_dns_cache_evicted_total",
+                "counter",
+                "Answers that were forgotten for want of room while they were good.",
+                cache.evicted,
+            ),
+            (
+                "edge_dns_stale_total",
+                "counter",
+                "Questions answered with what had run out, because no upstream answered.",
+                cache.stale,
+            ),
+        ];
+        for (name, kind, help, value) in families {
+            self.family(name, kind, help);
+            self.sample(name, &[], value);
+        }
+    }
+
+    /// One series for each of `counts`, whose names are a fixed set.
+    fn by_name(&mut self, name: &str, help: &str, label: &str, counts: &[(String, u64)]) {
+        self.family(name, "counter", help);
+        for (what, count) in counts {
+            self.sample(name, &[(label, what)], count);
+        }
+    }
+
+    fn per_domain(&mut self, groups: &[Group]) {
+        self.family(
+            "edge_dns_upstream_outstanding",
+            "gauge",
+            "Questions under way to the upstreams of a domain; \".\" has what no other has.",
+        );
+        for group in groups {
+            let labels = [("domain", domain(group))];
+            self.sample("edge_dns_upstream_outstanding", &labels, group.outstanding);
+        }
+        let counters: [Counter<Group>; 4] = [
+            (
+                "edge_dns_upstream_asked_total",
+                "Questions to the upstreams of a domain.",
+                |g| g.asked,
+            ),
+            (
+                "edge_dns_upstream_joined_total",
+                "Of these, such as joined one under way.",
+                |g| g.joined,
+            ),
+            (
+                "edge_dns_upstream_busy_total",
+                "Questions turned away because too many were under way.",
+                |g| g.busy,
+            ),
+            (
+                "edge_dns_upstream_failed_total",
+                "Questions without an answer for any other reason.",
+                |g| g.failed,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            for group in groups {
+                self.sample(name, &[("domain", domain(group))], value(group));
+            }
+        }
+    }
+
+    fn per_upstream(&mut self, groups: &[Group]) {
+        let mut servers: BTreeMap<(&str, &str), Vec<&Server>> = BTreeMap::new();
+        for (group, server) in groups.iter().flat_map(|g| g.servers.iter().map(move |s| (g, s))) {
+            servers.entry((domain(group), &server.url)).or_default().push(server);
+        }
+        self.family(
+            "edge_dns_upstream_state",
+            "gauge",
+            "1 for the state the upstream is in, 0 for the others.",
+        );
+        for ((domain, url), same) in &servers {
+            for state in ["up", "suspect", "down"] {
+                let labels = [("domain", *domain), ("upstream", url), ("state", state)];
+                let is = same.iter().any(|server| server.state == state);
+                self.sample("edge_dns_upstream_state", &labels, u64::from(is));
+            }
+        }
+        self.family(
+            "edge_dns_upstream_latency_seconds",
+            "gauge",
+            "Smoothed latency of the upstream; none before its first answer.",
+        );
+        for ((domain, url), same) in &servers {
+            if let Some(ms) = same.iter().find_map(|server| server.latency_ms) {
+                let labels = [("domain", *domain), ("upstream", url)];
+                self.sample("edge_dns_upstream_latency_seconds", &labels, ms / 1e3);
+            }
+        }
+        self.family(
+            "edge_dns_upstream_connections",
+            "gauge",
+            "Open connections to the upstream.",
+        );
+        for ((domain, url), same) in &servers {
+            let labels = [("domain", *domain), ("upstream", url)];
+            let open: u64 = same.iter().map(|server| server.connections).sum();
+            self.sample("edge_dns_upstream_connections", &labels, open);
+        }
+        type Counts = fn(&Server) -> &[(String, u64)];
+        let families: [(&str, &str, &str, Counts); 2] = [
+            (
+                "edge_dns_upstream_events_total",
+                "What happened with the upstream: queries, good replies and the others.",
+                "event",
+                |s| &s.counts,
+            ),
+            (
+                "edge_dns_upstream_mismatches_total",
+                "Messages from the upstream's address that were no replies, by what was wrong with them.",
+                "reason",
+                |s| &s.mismatches,
+            ),
+        ];
+        for (name, help, label, counts) in families {
+            self.family(name, "counter", help);
+            for ((domain, url), same) in &servers {
+                let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
+                for (what, count) in same.iter().flat_map(|server| counts(server)) {
+                    *sums.entry(what).or_default() += count;
+                }
+                for (what, count) in sums {
+                    self.sample(name, &[("domain", domain), ("upstream", url), (label, what)], count);
+                }
+            }
+        }
+    }
+
+    fn per_zone(&mut self, zones: &[ZoneStatus]) {
+        let gauges: [Counter<ZoneStatus>; 3] = [
+            ("edge_dns_zone_serial", "Serial number of the zone.", |z| {
+                z.serial.into()
+            }),
+            ("edge_dns_zone_nodes", "Nodes that are registered in the zone.", |z| {
+                z.nodes
+            }),
+            (
+                "edge_dns_zone_nodes_left_out",
+                "Nodes whose records the configuration does not permit any more.",
+                |z| z.left_out.len() as u64,
+            ),
+        ];
+        for (name, help, value) in gauges {
+            self.family(name, "gauge", help);
+            for zone in zones {
+                let zone_name = zone.names.first().map_or("", String::as_str);
+                self.sample(name, &[("zone", zone_name)], value(zone));
+            }
         }
     }
 }

@@ -114,7 +114,7 @@ impl List {
 
     fn backends(&self) -> Vec<At<Backend>> {
         let of = |address: &Address, backup| {
-            at(Backend {
+            At::unwritten(Backend {
                 address: address.clone(),
                 weight: 1,
                 backup,
@@ -278,21 +278,21 @@ fn balancer(options: &Options, list: &List) -> Config {
         SocketAddr::from((Ipv4Addr::LOCALHOST, PORT)),
         SocketAddr::from((Ipv6Addr::LOCALHOST, PORT)),
     ]
-    .map(at)
+    .map(At::unwritten)
     .into();
-    api.backends = at(list.backends());
+    api.backends = At::unwritten(list.backends());
     api.health.active = options.ca_file.as_ref().map(|file| {
-        at(Active {
-            ca_file: Some(at(file.clone())),
-            interval: Some(at(Span(CHECK))),
+        At::unwritten(Active {
+            ca_file: Some(At::unwritten(file.clone())),
+            interval: Some(At::unwritten(Span(CHECK))),
             ..Active::new(CheckKind::Https)
         })
     });
     Config {
-        health: options.healthz.map(at).into_iter().collect(),
-        health_backend: judge(&options.health, list).map(at),
-        threads: Some(at(1)),
-        frontend: vec![at(api)],
+        health: options.healthz.map(At::unwritten).into_iter().collect(),
+        health_backend: judge(&options.health, list).map(At::unwritten),
+        threads: Some(At::unwritten(1)),
+        frontend: vec![At::unwritten(api)],
         ..Config::default()
     }
 }
@@ -314,11 +314,6 @@ fn judge(health: &Health, list: &List) -> Option<Address> {
             local.cloned()
         }
     }
-}
-
-/// Without a place in a file: nobody writes this one.
-fn at<T>(value: T) -> At<T> {
-    At { value, span: 0..0 }
 }
 
 fn read_ca(path: Option<&Path>) -> Result<BTreeMap<PathBuf, Vec<u8>>, String> {

@@ -7,7 +7,6 @@ use std::{
     ffi::OsString,
     io::{self, IoSlice},
     mem::MaybeUninit,
-    net::SocketAddr,
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -20,7 +19,7 @@ use rustix::net::{
     sockopt::Timeout,
 };
 
-use crate::channel;
+use crate::{channel, endpoint::Endpoint};
 
 /// Most descriptors of one message (SCM_MAX_FD).
 const MOST: usize = 253;
@@ -175,9 +174,10 @@ impl Notify {
     }
 }
 
-/// The name of `address` in the descriptor store, where a colon would end it.
-pub fn name_of(address: SocketAddr) -> String {
-    format!("tcp-{}", address.to_string().replace(':', "_"))
+/// The name of a socket in the descriptor store, where a colon would end it.
+pub fn name_of(endpoint: Endpoint) -> String {
+    let Endpoint { transport, address } = endpoint;
+    format!("{}-{}", transport.name(), address.to_string().replace(':', "_"))
 }
 
 fn connect(path: &OsString) -> io::Result<(OwnedFd, SocketAddrUnix)> {
@@ -264,12 +264,12 @@ mod tests {
 
     #[test]
     fn names_hold_no_colon_and_stay_apart() {
-        let names: Vec<_> = ["[::1]:80", "[::]:180", "127.0.0.1:80", "0.0.0.0:80"]
+        let names: Vec<_> = ["[::1]:80", "[::]:180", "127.0.0.1:80", "0.0.0.0:80", "udp:[::1]:80"]
             .iter()
             .map(|address| name_of(address.parse().expect("an address")))
             .collect();
         assert!(names.iter().all(|name| !name.contains(':')), "{names:?}");
-        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 5);
     }
 
     #[test]

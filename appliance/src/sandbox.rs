@@ -79,7 +79,7 @@ pub enum Error {
 /// Bytes of private memory a role may have.
 const fn memory(role: Role) -> u64 {
     match role {
-        Role::Lb => 2 << 30,
+        Role::Lb | Role::Dns64 => 2 << 30,
         Role::Web => 256 << 20,
     }
 }
@@ -89,6 +89,7 @@ pub const fn id(role: Role) -> u32 {
     match role {
         Role::Lb => 64810,
         Role::Web => 64811,
+        Role::Dns64 => 64812,
     }
 }
 
@@ -204,7 +205,7 @@ fn restrict_paths(role: Role) -> Result<Landlock, Error> {
         .handle_access(AccessFs::from_all(ABI::V7))?
         .handle_access(AccessNet::BindTcp)?;
     let ruleset = match role {
-        Role::Lb => ruleset,
+        Role::Lb | Role::Dns64 => ruleset,
         Role::Web => ruleset.handle_access(AccessNet::ConnectTcp)?,
     };
     let status = ruleset.scope(Scope::from_all(ABI::V7))?.create()?.restrict_self()?;

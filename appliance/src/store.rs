@@ -12,6 +12,7 @@ use std::{
     time::SystemTime,
 };
 
+use dns64::zone::{Change, Durable, Memory, Owner};
 use lb::io::Drain;
 use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,14 @@ const FILE: &str = "store.redb";
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const CONFIGS: TableDefinition<u64, &[u8]> = TableDefinition::new("configs");
 const DRAINS: TableDefinition<(&str, &str), ()> = TableDefinition::new("drains");
+/// By zone and node, the node's records.
+const NODES: TableDefinition<(&str, &str), &[u8]> = TableDefinition::new("dns-nodes");
+/// By zone and origin of the zone or of one of its reverse zones.
+const SERIALS: TableDefinition<(&str, &str), u32> = TableDefinition::new("dns-serials");
+/// By zone and key, when its last change was signed.
+const SIGNED: TableDefinition<(&str, &str), u64> = TableDefinition::new("dns-signed");
+/// By name, the keys of nodes.
+const KEYS: TableDefinition<&str, &[u8]> = TableDefinition::new("dns-keys");
 
 /// What the supervisor keeps across restarts. All methods block until the disk has it.
 pub trait Store: Send {
@@ -71,6 +80,20 @@ pub trait Store: Send {
     ///
     /// [`StoreError`]; nothing was changed then.
     fn set_drain(&self, drain: &Drain, set: bool) -> Result<(), StoreError>;
+
+    /// What nodes registered, and their keys.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]
+    fn dns64(&self) -> Result<Memory, StoreError>;
+
+    /// Keeps a node's records or key, or forgets them.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]; nothing was changed then.
+    fn keep_dns64(&self, durable: &Durable) -> Result<(), StoreError>;
 }
 
 /// What can be wrong with the store, by what can be done about it.
@@ -226,11 +249,15 @@ impl RedbStore {
                 found,
                 known: SCHEMA,
             }),
-            Some(_) => Ok(()),
-            None => self.write(|transaction| {
+            // Tables that a release before this one did not know are made now.
+            _ => self.write(|transaction| {
                 transaction.open_table(META)?.insert("schema", SCHEMA)?;
                 transaction.open_table(CONFIGS)?;
                 transaction.open_table(DRAINS)?;
+                transaction.open_table(NODES)?;
+                transaction.open_table(SERIALS)?;
+                transaction.open_table(SIGNED)?;
+                transaction.open_table(KEYS)?;
                 Ok(())
             }),
         }
@@ -351,6 +378,89 @@ impl Store for RedbStore {
             Ok(())
         })
     }
+
+    fn dns64(&self) -> Result<Memory, StoreError> {
+        self.read(|transaction| {
+            let mut memory = Memory::default();
+            for entry in transaction.open_table(NODES)?.iter()? {
+                let (key, value) = entry?;
+                let (zone, node) = key.value();
+                let state = memory.zones.entry(owner(zone)?).or_default();
+                state.nodes.insert(owner(node)?, json(node, value.value())?);
+            }
+            for entry in transaction.open_table(SERIALS)?.iter()? {
+                let (key, value) = entry?;
+                let (zone, origin) = key.value();
+                let state = memory.zones.entry(owner(zone)?).or_default();
+                state.serials.insert(owner(origin)?, value.value());
+            }
+            for entry in transaction.open_table(SIGNED)?.iter()? {
+                let (key, value) = entry?;
+                let (zone, name) = key.value();
+                let state = memory.zones.entry(owner(zone)?).or_default();
+                state.signed.insert(owner(name)?, value.value());
+            }
+            for entry in transaction.open_table(KEYS)?.iter()? {
+                let (name, value) = entry?;
+                let key = json(name.value(), value.value())?;
+                let refused = |error| redb::Error::Corrupted(format!("key {}: {error}", name.value()));
+                memory.keys.add(key).map_err(refused)?;
+            }
+            Ok(memory)
+        })
+    }
+
+    fn keep_dns64(&self, durable: &Durable) -> Result<(), StoreError> {
+        self.write(|transaction| match durable {
+            Durable::Zone(change) => keep_change(transaction, change),
+            Durable::Key(key) => {
+                let value = bytes(key)?;
+                let mut keys = transaction.open_table(KEYS)?;
+                keys.insert(key.name.to_string().as_str(), value.as_slice())?;
+                Ok(())
+            }
+            Durable::KeyRemoved { name, change } => {
+                if let Some(change) = change {
+                    keep_change(transaction, change)?;
+                }
+                let name = name.to_string();
+                transaction.open_table(KEYS)?.remove(name.as_str())?;
+                transaction.open_table(SIGNED)?.retain(|(_, key), _| key != name)?;
+                Ok(())
+            }
+        })
+    }
+}
+
+fn keep_change(transaction: &redb::WriteTransaction, change: &Change) -> Result<(), redb::Error> {
+    let (zone, node) = (change.zone.to_string(), change.node.to_string());
+    let mut nodes = transaction.open_table(NODES)?;
+    if change.records.is_empty() {
+        nodes.remove((zone.as_str(), node.as_str()))?;
+    } else {
+        nodes.insert((zone.as_str(), node.as_str()), bytes(&change.records)?.as_slice())?;
+    }
+    let mut serials = transaction.open_table(SERIALS)?;
+    for (origin, serial) in &change.serials {
+        serials.insert((zone.as_str(), origin.to_string().as_str()), serial)?;
+    }
+    if let Some((key, time)) = &change.signed {
+        let mut signed = transaction.open_table(SIGNED)?;
+        signed.insert((zone.as_str(), key.to_string().as_str()), time)?;
+    }
+    Ok(())
+}
+
+fn bytes<T: Serialize>(value: &T) -> Result<Vec<u8>, redb::Error> {
+    serde_json::to_vec(value).map_err(|error| redb::Error::Corrupted(error.to_string()))
+}
+
+fn json<T: for<'de> Deserialize<'de>>(name: &str, value: &[u8]) -> Result<T, redb::Error> {
+    serde_json::from_slice(value).map_err(|error| redb::Error::Corrupted(format!("{name}: {error}")))
+}
+
+fn owner(text: &str) -> Result<Owner, redb::Error> {
+    Owner::try_from(text.to_owned()).map_err(|error| redb::Error::Corrupted(format!("{text}: {error}")))
 }
 
 impl Row {

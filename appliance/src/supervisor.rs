@@ -46,7 +46,10 @@ use crate::{
     build, config, control, log, metrics,
     notify::{Environment, Notify},
     signals::{Signals, Told},
-    worker::Role,
+    worker::{
+        Role,
+        message::{Question, Reply},
+    },
 };
 
 /// How long sessions may go on when the daemon stops. Watches never end by themselves, and connections that come
@@ -289,14 +292,21 @@ impl House {
                 // A balancer that is being handed over would keep it in one place and forget it in the other.
                 let _one_at_a_time = if changes { Some(self.change.lock().await) } else { None };
                 let keeper = lock(&self.workers).get(&Role::Lb).cloned();
-                let answer = match keeper {
-                    Some(keeper) => keeper.ask(request).await,
+                let reply = match keeper {
+                    Some(keeper) => keeper.ask(Question::Lb(request)).await,
                     None => None,
                 };
-                answer.map(|answer| Answer::Lb(Box::new(answer))).ok_or_else(|| {
-                    could_not("the balancer does not answer: its worker is being started again; try again, or see edgectl status")
-                })
+                match reply {
+                    Some(Reply::Lb(answer)) => Ok(Answer::Lb(answer)),
+                    _ => Err(could_not(
+                        "the balancer does not answer: its worker is being started again; try again, or see edgectl status",
+                    )),
+                }
             }
+            Ask::Dns { request } => self
+                .dns(request, author)
+                .await
+                .map(|answer| Answer::Dns(Box::new(answer))),
             Ask::ConfigShow => {
                 let now = lock(&self.now);
                 Ok(Answer::Config(ConfigText {
@@ -333,16 +343,27 @@ impl House {
 
     async fn status(&self) -> Status {
         let keepers = lock(&self.workers).clone();
-        let lb = match keepers.get(&Role::Lb) {
-            Some(keeper) => tokio::time::timeout(STATUS, keeper.ask(lb::status::Request::Status))
-                .await
-                .ok()
-                .flatten(),
-            None => None,
+        let ask = async |role, question| {
+            let keeper = keepers.get(&role)?;
+            tokio::time::timeout(STATUS, keeper.ask(question)).await.ok()?
         };
-        let lb = lb.and_then(|answer| match answer {
-            lb::status::Answer::Status(status) => Some(status),
-            _ => None,
+        let (lb, dns) = tokio::join!(
+            ask(Role::Lb, Question::Lb(lb::status::Request::Status)),
+            ask(Role::Dns64, Question::Dns64(dns64::status::Request::Status)),
+        );
+        let lb = lb.and_then(|reply| match reply {
+            Reply::Lb(answer) => match *answer {
+                lb::status::Answer::Status(status) => Some(status),
+                _ => None,
+            },
+            Reply::Dns64(_) => None,
+        });
+        let dns = dns.and_then(|reply| match reply {
+            Reply::Dns64(answer) => match *answer {
+                dns64::status::Answer::Status(status) => Some(*status),
+                _ => None,
+            },
+            Reply::Lb(_) => None,
         });
         let file = opening::read_config(&self.options.config).ok();
         let own = build::own();
@@ -362,7 +383,29 @@ impl House {
             },
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
+            dns,
             upgrade,
+        }
+    }
+
+    /// Asks the resolver.
+    async fn dns(&self, request: dns64::status::Request, author: &Author) -> Result<dns64::status::Answer, Refusal> {
+        let changes = request.changes();
+        if changes {
+            tracing::info!(author = name(author), ?request, "asked for");
+        }
+        // A resolver that is being replaced would have it in one place and not in the other.
+        let _one_at_a_time = if changes { Some(self.change.lock().await) } else { None };
+        let Some(keeper) = lock(&self.workers).get(&Role::Dns64).cloned() else {
+            return Err(bad_request(
+                "there is no resolver: the configuration has no [dns64] section; see docs/configuration.md for one",
+            ));
+        };
+        match keeper.ask(Question::Dns64(request)).await {
+            Some(Reply::Dns64(answer)) => Ok(*answer),
+            _ => Err(could_not(
+                "the resolver does not answer: its worker is being started again; try again, or see edgectl status",
+            )),
         }
     }
 }

@@ -5,13 +5,13 @@
 //! ```
 //! Its standard input is the channel to the supervisor; nothing else is open but standard output and error.
 
+mod dns64;
 mod lb;
 pub mod message;
 mod web;
 
 use std::{
     fmt,
-    net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
     str::FromStr,
@@ -20,13 +20,15 @@ use std::{
 
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use self::message::{FromWorker, Service, Start, ToWorker};
 use crate::{
     build,
     channel::{self, Channel},
-    config, log, sandbox,
+    config,
+    endpoint::Endpoint,
+    log, sandbox,
 };
 
 /// The internal first argument that makes `edged` a worker.
@@ -38,15 +40,21 @@ pub const ARGUMENT: &str = "--worker";
 pub enum Role {
     /// The balancer.
     Lb,
+    /// The resolver and the zones of nodes.
+    Dns64,
     /// The metrics page.
     Web,
 }
 
 impl Role {
+    /// All of them, in the order in which they are started.
+    pub const ALL: [Self; 3] = [Self::Lb, Self::Dns64, Self::Web];
+
     /// As in `ps`, status and logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lb => "lb",
+            Self::Dns64 => "dns64",
             Self::Web => "web",
         }
     }
@@ -61,10 +69,7 @@ impl fmt::Display for Role {
 impl FromStr for Role {
     type Err = ();
     fn from_str(name: &str) -> Result<Self, ()> {
-        [Self::Lb, Self::Web]
-            .into_iter()
-            .find(|role| role.name() == name)
-            .ok_or(())
+        Self::ALL.into_iter().find(|role| role.name() == name).ok_or(())
     }
 }
 
@@ -137,6 +142,10 @@ async fn run(role: Role, channel: OwnedFd) -> anyhow::Result<()> {
     let writer = tokio::spawn(write(Arc::clone(&channel), says));
     let ended = match role {
         Role::Lb => lb::run(*start, loaded.config.lb, descriptors, channel, said).await,
+        Role::Dns64 => match loaded.config.dns64 {
+            Some(config) => dns64::run(*start, config, descriptors, channel, said).await,
+            None => Err(anyhow::anyhow!("the configuration has no [dns64] section")),
+        },
         Role::Web => web::run(*start, descriptors, channel, said).await,
     };
     // The last answers go out before the process ends.
@@ -159,11 +168,47 @@ fn load(text: &str) -> anyhow::Result<config::Loaded> {
     config::load(text, "the configuration").map_err(|faulty| anyhow::anyhow!("{faulty}"))
 }
 
-/// What came for one listener, in the order of the list.
-type Listeners = Vec<(SocketAddr, Vec<OwnedFd>)>;
+/// A message and its descriptors, the end, or what makes no sense.
+type Heard = Result<Option<(ToWorker, Vec<OwnedFd>)>, channel::Error>;
 
-/// Deals `descriptors` out to the listeners of `service`; whatever `before` is first goes to the caller.
-fn deal(service: &Service, descriptors: Vec<OwnedFd>, before: usize) -> anyhow::Result<(Vec<OwnedFd>, Listeners)> {
+/// What the supervisor says, whole messages only; after an error or its end nothing more.
+fn hear(channel: Arc<Channel>) -> mpsc::Receiver<Heard> {
+    let (heard, hears) = mpsc::channel(16);
+    // A task of its own, because a receive must not be cancelled half way.
+    tokio::spawn(async move {
+        loop {
+            let received = channel.receive::<ToWorker>().await;
+            let last = !matches!(received, Ok(Some(_)));
+            if heard.send(received).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    hears
+}
+
+/// Gives the service a command and, when it answers, the supervisor the answer. Without an answer none is given: the
+/// supervisor draws its own conclusions from silence.
+async fn ask<C, T: Send + 'static>(
+    commands: &mpsc::Sender<C>,
+    command: impl FnOnce(oneshot::Sender<T>) -> C,
+    said: mpsc::Sender<FromWorker>,
+    answer: impl FnOnce(T) -> FromWorker + Send + 'static,
+) {
+    let (reply, replied) = oneshot::channel();
+    let _ = commands.send(command(reply)).await;
+    tokio::spawn(async move {
+        if let Ok(value) = replied.await {
+            let _ = said.send(answer(value)).await;
+        }
+    });
+}
+
+/// What came for one place, in the order of the list.
+type Sockets = Vec<(Endpoint, Vec<OwnedFd>)>;
+
+/// Deals `descriptors` out to the places of `service`; whatever `before` is first goes to the caller.
+fn deal(service: &Service, descriptors: Vec<OwnedFd>, before: usize) -> anyhow::Result<(Vec<OwnedFd>, Sockets)> {
     let wanted = before
         + service
             .listeners

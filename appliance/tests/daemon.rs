@@ -570,7 +570,7 @@ impl Manager {
 
     /// How many sockets are kept for `address`.
     fn stored(&self, address: SocketAddr) -> usize {
-        let name = appliance::notify::name_of(address);
+        let name = appliance::notify::name_of(appliance::endpoint::Endpoint::tcp(address));
         self.store
             .lock()
             .expect("not poisoned")

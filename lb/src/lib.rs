@@ -18,9 +18,8 @@ pub mod sni;
 pub mod status;
 pub mod wheel;
 
-use std::{net::SocketAddr, ops::Range, path::PathBuf};
-
 pub use config::Config;
+pub use settings::{Need, What};
 
 /// A drain that an operator asked for and that outlives restarts.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -29,31 +28,6 @@ pub struct Drain {
     pub frontend: String,
     /// The backend as configured, `HOST:PORT`.
     pub backend: String,
-}
-
-/// Something the supervisor opens before the worker exists.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// What to open.
-    pub what: What,
-    /// The key that asks for it, such as `lb.frontend.api.listen`.
-    pub key: String,
-    /// Its bytes in the configuration file.
-    pub span: Range<usize>,
-}
-
-/// The kinds of [`Need`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum What {
-    /// A TCP listener with keepalive and TCP_USER_TIMEOUT as `io::socket` sets them.
-    Listener {
-        /// Where; unique within the configuration.
-        address: SocketAddr,
-        /// How many SO_REUSEPORT sockets: one per data thread.
-        copies: u16,
-    },
-    /// The content of a readable file that is no secret (a CA certificate).
-    File(PathBuf),
 }
 
 /// What `config` asks the supervisor to open, each with the config line it comes from. `cores` is the number of data

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{
     Fail,
-    out::{Cell, Ink, Out, Table, clean, count, duration},
+    out::{Cell, Ink, Out, Table, clean, count, duration, plural},
 };
 use crate::{
     api::{SCHEMA_VERSION, Status},
@@ -16,6 +16,8 @@ use crate::{
 };
 
 const WATCH: Duration = Duration::from_secs(1);
+/// The resolver's worker.
+pub(crate) const DNS_ROLE: &str = "dns64";
 
 pub(super) async fn show(client: &Client, out: Out, watch: bool) -> Result<u8, Fail> {
     loop {
@@ -128,6 +130,7 @@ fn render(status: &Status, out: Out) -> String {
         status.pid
     );
     text.push_str(&badges(status, out));
+    text.push_str(&dns(status, out));
     if let Some(upgrade) = &status.upgrade {
         text.push_str(&format!("upgrade  {}\n", super::upgrade::line(upgrade, out)));
     }
@@ -179,6 +182,41 @@ fn render(status: &Status, out: Out) -> String {
     }
     text.push_str(&frontends.show(out, 0));
     text
+}
+
+/// Two lines about the resolver, if there is one.
+fn dns(status: &Status, out: Out) -> String {
+    let Some(dns) = &status.dns else {
+        let runs = status.workers.iter().any(|worker| worker.role == DNS_ROLE);
+        let unknown = out.ink(Ink::Bad, "unknown");
+        return if runs {
+            format!("dns      {unknown}  the resolver's worker does not answer: edgectl doctor\n")
+        } else {
+            String::new()
+        };
+    };
+    let line = match super::dns::health(dns) {
+        (Ink::Bad, why) => format!("{}  {why}; edgectl dns status", out.ink(Ink::Bad, "down")),
+        (Ink::Warn, why) => format!("{}  {why}; edgectl dns status", out.ink(Ink::Warn, "degraded")),
+        _ => out.ink(Ink::Good, "ok"),
+    };
+    let asked = dns.udp.hits.saturating_add(dns.udp.misses);
+    let known = dns.udp.hits.saturating_mul(100).checked_div(asked);
+    let mut facts = vec![match known {
+        Some(percent) => format!("{} questions, {percent} % known", count(asked)),
+        None => "no questions yet".into(),
+    }];
+    for zone in &dns.zones {
+        let name = zone.names.first().map_or("-", String::as_str);
+        let nodes = usize::try_from(zone.nodes).unwrap_or(usize::MAX);
+        facts.push(format!("{} in {}", plural(nodes, "node"), clean(name)));
+    }
+    let listen: Vec<String> = dns.listen.iter().map(ToString::to_string).collect();
+    format!(
+        "dns      {line}\n         {}, on {}\n",
+        facts.join(", "),
+        listen.join(" ")
+    )
 }
 
 /// One line each for configuration and health: a good configuration says nothing about live backends.

@@ -7,8 +7,8 @@ use std::{
     ops::Range,
 };
 
-use lb::config::{At, Fault};
 use serde::Deserialize;
+use settings::{At, Fault};
 use toml::de::{DeArray, DeTable, DeValue};
 
 use super::{Config, Report, VERSION, report};
@@ -99,6 +99,9 @@ pub fn load(text: &str, origin: &str) -> Result<Loaded, Faulty> {
     }
     found.across(&config);
     for fault in config.lb.check() {
+        found.fault(fault);
+    }
+    for fault in config.dns64.iter().flat_map(dns64::Config::check) {
         found.fault(fault);
     }
     if !found.faults.is_empty() {
@@ -270,6 +273,15 @@ impl Found<'_> {
         for frontend in &config.lb.frontend {
             for at in &frontend.listen {
                 taken.insert(at.value, format!("frontend \"{}\"", frontend.name.value));
+            }
+        }
+        for at in config.dns64.iter().flat_map(|dns64| &dns64.listen) {
+            if let Some(owner) = taken.insert(at.value, "the resolver".into()) {
+                self.error(
+                    at.span.clone(),
+                    &format!("{} is already the listener of {owner}", at.value),
+                    "give each listener an address and port of its own",
+                );
             }
         }
         for at in &control.metrics {

@@ -94,6 +94,9 @@ const LB: &[c_long] = &[
     libc::SYS_pipe2,
 ];
 
+/// What the resolver makes on top: connections and datagrams out, many datagrams in by one call.
+const DNS64: &[c_long] = &[libc::SYS_connect, libc::SYS_recvmmsg, libc::SYS_sendmmsg];
+
 /// Installs the filters on this thread and those it starts.
 pub(super) fn apply(role: Role) -> Result<(), seccompiler::Error> {
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
@@ -121,6 +124,10 @@ fn rules(role: Role) -> Result<Rules, BackendError> {
     match role {
         Role::Lb => {
             rules.extend(LB.iter().map(|call| (*call, Vec::new())));
+            rules.insert(libc::SYS_socket, internet_sockets()?);
+        }
+        Role::Dns64 => {
+            rules.extend(DNS64.iter().map(|call| (*call, Vec::new())));
             rules.insert(libc::SYS_socket, internet_sockets()?);
         }
         Role::Web => {}

@@ -1,7 +1,7 @@
 //! From nothing to a running house: lock, store, configuration, descriptors, workers, ready.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::{DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
     os::{
@@ -13,7 +13,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb::io::Drain;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -23,7 +22,7 @@ use super::{
     lock, memory,
     opening::{self, Adopted, Sockets, Spec, adopt, read_config},
     socket,
-    vault::Vault,
+    vault::{Kept, Vault},
 };
 use crate::{
     api::Op,
@@ -147,7 +146,7 @@ pub(super) async fn boot(
     house.control.serve(&house.ops).map_err(unserved)?;
     let opened = Arc::clone(&super::lock(&house.now).opened);
     let mut ready = Vec::new();
-    for role in [Role::Lb, Role::Web] {
+    for role in Role::ALL {
         if let Some(spec) = opened.spec(role) {
             ready.push(house.start_worker(role, spec.clone()).await);
         }
@@ -203,36 +202,30 @@ impl House {
     /// Starts a worker and its keeper.
     pub(super) async fn start_worker(&self, role: Role, spec: Spec) -> Ready {
         let (ready, is_ready) = oneshot::channel();
-        let drains = if role == Role::Lb {
-            self.vault.drains().await
+        let kept = if role == Role::Web {
+            Kept::default()
         } else {
-            Default::default()
+            self.vault.kept().await
         };
-        let links = self.links(drains);
+        let links = self.links(kept);
         let keeper = Keeper::start(role, spec, links, ready);
         lock(&self.workers).insert(role, keeper);
         is_ready
     }
 
     /// Goes on with a worker that runs on `spec`, without a keeper so far.
-    pub(super) fn adopt_worker(
-        &self,
-        role: Role,
-        spec: Spec,
-        running: Running,
-        drains: BTreeSet<Drain>,
-    ) -> io::Result<()> {
-        let keeper = Keeper::adopt(role, spec, self.links(drains), running)?;
+    pub(super) fn adopt_worker(&self, role: Role, spec: Spec, running: Running, kept: Kept) -> io::Result<()> {
+        let keeper = Keeper::adopt(role, spec, self.links(kept), running)?;
         lock(&self.workers).insert(role, keeper);
         Ok(())
     }
 
-    fn links(&self, drains: BTreeSet<Drain>) -> Links {
+    fn links(&self, kept: Kept) -> Links {
         Links {
             vault: Arc::clone(&self.vault),
             ops: self.ops.clone(),
             state: self.state.clone(),
-            drains,
+            kept,
         }
     }
 
@@ -392,9 +385,9 @@ fn keep(notify: &Notify, adopted: &Adopted, sockets: &Sockets, state: Option<&Ow
     for name in adopted.stale(sockets) {
         notify.remove(&name);
     }
-    for (address, copies) in sockets {
+    for (place, copies) in sockets {
         let copies: Vec<_> = copies.iter().map(|copy| copy.as_fd()).collect();
-        notify.store(&notify::name_of(*address), &copies);
+        notify.store(&notify::name_of(*place), &copies);
     }
     if let Some(state) = state {
         notify.store(notify::STATE, &[state.as_fd()]);

@@ -238,7 +238,7 @@ impl House {
         } else {
             keep
         };
-        if same_text && opened.lb == before.lb && opened.web == before.web {
+        if same_text && opened == *before {
             match keep {
                 Keep::Confirm if unconfirmed || lock(&self.now).revision == 0 => {
                     self.keep_confirmed(text, origin).await?
@@ -310,7 +310,7 @@ impl House {
 
     /// Gives every worker that is concerned the configuration `to` instead of `from`.
     async fn hand_over(&self, from: &Opened, to: &Opened) -> Result<(), String> {
-        for role in [Role::Lb, Role::Web] {
+        for role in Role::ALL {
             let keeper = lock(&self.workers).get(&role).cloned();
             match (to.spec(role), keeper) {
                 (Some(spec), Some(_)) if from.spec(role) == Some(spec) => {}
@@ -367,16 +367,16 @@ impl House {
 
     /// Has the manager keep what is new in `to`.
     pub(super) fn store_sockets(&self, from: &Sockets, to: &Sockets) {
-        for (address, copies) in to.iter().filter(|(address, _)| !from.contains_key(address)) {
+        for (place, copies) in to.iter().filter(|(place, _)| !from.contains_key(place)) {
             let copies: Vec<_> = copies.iter().map(|copy| copy.as_fd()).collect();
-            self.notify.store(&notify::name_of(*address), &copies);
+            self.notify.store(&notify::name_of(*place), &copies);
         }
     }
 
     /// Has the manager close what is no longer in `to`.
     pub(super) fn forget_sockets(&self, from: &Sockets, to: &Sockets) {
-        for address in from.keys().filter(|address| !to.contains_key(address)) {
-            self.notify.remove(&notify::name_of(*address));
+        for place in from.keys().filter(|place| !to.contains_key(place)) {
+            self.notify.remove(&notify::name_of(*place));
         }
     }
 }
@@ -395,6 +395,11 @@ fn unchanged_specs(mut opened: Opened, before: &Opened, old: &str, new: &str) ->
     };
     if same(&[&["lb"], &["log"]]) {
         opened.lb.text = Arc::clone(&before.lb.text);
+    }
+    if let (Some(dns64), Some(was)) = (&mut opened.dns64, &before.dns64)
+        && same(&[&["dns64"], &["log"]])
+    {
+        dns64.text = Arc::clone(&was.text);
     }
     if let (Some(web), Some(was)) = (&mut opened.web, &before.web)
         && same(&[&["control", "metrics"], &["control", "metrics_token_file"], &["log"]])

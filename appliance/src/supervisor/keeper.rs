@@ -13,16 +13,12 @@ mod process;
 mod successor;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use lb::{
-    io::Drain,
-    status::{Answer, Request},
-};
 use tokio::{
     sync::{mpsc, oneshot},
     time::MissedTickBehavior,
@@ -33,14 +29,17 @@ use self::{
     process::{Heard, Process},
     successor::Successor,
 };
-use super::{opening::Spec, vault::Vault};
+use super::{
+    opening::Spec,
+    vault::{Kept, Vault},
+};
 use crate::{
     api::{self, Author, Op, WorkerStatus},
     build::{self, Build},
     sandbox,
     worker::{
         Role,
-        message::{FromWorker, Start, ToWorker},
+        message::{Durable, FromWorker, Question, Reply, Start, ToWorker},
     },
 };
 
@@ -57,6 +56,9 @@ const RELOAD: Duration = Duration::from_secs(6);
 /// configuration holds, and low enough that a worker gone wrong cannot fill the disk.
 const NAME: usize = 300;
 const DRAINS: usize = 4096;
+/// Most nodes and keys, and records of one node, likewise.
+const NODES: usize = 65_536;
+const RECORDS: usize = 256;
 /// Questions of the metrics page that may be on their way.
 const PAGES: usize = 8;
 
@@ -69,20 +71,20 @@ pub(super) struct Keeper {
 
 /// What the keeper needs from the house.
 pub(super) struct Links {
-    /// Where drains are made durable.
+    /// Where things are made durable.
     pub(super) vault: Arc<Vault>,
     /// Where the metrics page's questions go.
     pub(super) ops: mpsc::Sender<Op>,
     /// The balancer's state memory.
     pub(super) state: Option<Arc<OwnedFd>>,
-    /// Drains in effect at start.
-    pub(super) drains: BTreeSet<Drain>,
+    /// What was kept before.
+    pub(super) kept: Kept,
 }
 
 enum Message {
     Ask {
-        request: Request,
-        reply: oneshot::Sender<Answer>,
+        question: Question,
+        reply: oneshot::Sender<Reply>,
     },
     Reload {
         spec: Box<Spec>,
@@ -105,9 +107,10 @@ enum Message {
         incarnation: u64,
         message: ToWorker,
     },
-    Drained {
-        drain: Drain,
-        set: bool,
+    /// Something is durable that this incarnation wanted to be.
+    Kept {
+        incarnation: u64,
+        durable: Box<Durable>,
     },
     PageDone,
 }
@@ -252,10 +255,10 @@ impl Keeper {
         Self { inbox: outbox, seen }
     }
 
-    /// Asks the balancer; `None` = its worker does not answer now.
-    pub(super) async fn ask(&self, request: Request) -> Option<Answer> {
+    /// Asks the service; `None` = its worker does not answer now.
+    pub(super) async fn ask(&self, question: Question) -> Option<Reply> {
         let (reply, replied) = oneshot::channel();
-        self.inbox.send(Message::Ask { request, reply }).await.ok()?;
+        self.inbox.send(Message::Ask { question, reply }).await.ok()?;
         replied.await.ok()
     }
 
@@ -403,7 +406,7 @@ impl Actor {
                         self.stopped = Some(done);
                         return false;
                     }
-                    Message::Drained { drain, set } => self.drained(drain, set),
+                    Message::Kept { durable, .. } => self.links.kept.keep(*durable),
                     Message::PageDone => self.pages = self.pages.saturating_sub(1),
                     // Dropping the way back is the answer.
                     Message::Ask { .. } | Message::ToWorker { .. } | Message::Replace { .. } | Message::Release { .. } => {}
@@ -477,7 +480,8 @@ impl Actor {
         let start = Start {
             service,
             threads: spec.threads,
-            drains: self.links.drains.iter().cloned().collect(),
+            drains: self.links.kept.drains.iter().cloned().collect(),
+            dns64: self.links.kept.dns64.clone(),
             state: state.is_some(),
             inherit: inherit.is_some(),
             token: spec.token.clone(),
@@ -600,11 +604,12 @@ impl Actor {
     /// What the house says to a running worker.
     fn told(&mut self, message: Message, process: &Process, life: &mut Life) -> Result<(), String> {
         match message {
-            Message::Ask { request, reply } if life.ready => {
+            Message::Ask { question, reply } if life.ready => {
                 life.asked.retain(|_, (_, reply)| !reply.is_closed());
                 life.next += 1;
-                life.asked.insert(life.next, (request.clone(), reply));
-                process.say(ToWorker::Ask { id: life.next, request }, Vec::new());
+                life.asked.insert(life.next, (question.clone(), reply));
+                let id = life.next;
+                process.say(ToWorker::Ask { id, question }, Vec::new());
             }
             Message::Reload { reply, .. } if life.successor.is_some() => {
                 drop(reply.send(Err(format!(
@@ -612,7 +617,7 @@ impl Actor {
                     self.role
                 ))));
             }
-            Message::Reload { spec, reply } if life.ready && self.role == Role::Lb && spec != self.spec => {
+            Message::Reload { spec, reply } if life.ready && self.role != Role::Web && spec != self.spec => {
                 life.next += 1;
                 let (service, sockets) = spec.service(Some(&self.spec));
                 process.say(
@@ -638,7 +643,7 @@ impl Actor {
             Message::ToWorker { incarnation, message } if incarnation == self.incarnation => {
                 process.say(message, Vec::new())
             }
-            Message::Drained { drain, set } => self.drained(drain, set),
+            Message::Kept { incarnation, durable } => self.kept(incarnation, *durable, process, life),
             Message::PageDone => self.pages = self.pages.saturating_sub(1),
             Message::Ask { .. }
             | Message::ToWorker { .. }
@@ -654,12 +659,25 @@ impl Actor {
         match (message, self.role) {
             (FromWorker::Ready, _) if !life.ready => self.is_ready(process, life),
             (FromWorker::Pong { id }, _) if (1..=life.pings).contains(&id) => life.silent = 0,
-            (FromWorker::Answer { id, answer }, Role::Lb) => {
+            (
+                FromWorker::Answer {
+                    id,
+                    reply: answer @ Reply::Lb(_),
+                },
+                Role::Lb,
+            )
+            | (
+                FromWorker::Answer {
+                    id,
+                    reply: answer @ Reply::Dns64(_),
+                },
+                Role::Dns64,
+            ) => {
                 if let Some((_, reply)) = life.asked.remove(&id) {
-                    let _ = reply.send(*answer);
+                    let _ = reply.send(answer);
                 }
             }
-            (FromWorker::Reloaded { id, result }, Role::Lb) => match life.reload.take() {
+            (FromWorker::Reloaded { id, result }, Role::Lb | Role::Dns64) => match life.reload.take() {
                 Some((asked, reload)) if asked == id => {
                     if result.is_ok() {
                         self.spec = reload.spec;
@@ -668,13 +686,7 @@ impl Actor {
                 }
                 _ => return Err("answered a configuration it was not given".into()),
             },
-            (FromWorker::Commit { id, drain, set }, Role::Lb) => {
-                if drain.frontend.len() > NAME || drain.backend.len() > NAME || self.links.drains.len() >= DRAINS && set
-                {
-                    return Err("wanted to keep what no operator could have asked for".into());
-                }
-                self.commit(id, drain, set);
-            }
+            (FromWorker::Commit { id, durable }, role) if self.may_keep(role, &durable) => self.commit(id, *durable),
             (FromWorker::HandedOver { id, result }, Role::Lb) => return Self::handed_over(id, result, life),
             (FromWorker::Metrics { id }, Role::Web) => self.page(id, process),
             (message, role) => {
@@ -699,27 +711,56 @@ impl Actor {
         }
     }
 
-    /// Makes a drain durable and says so.
-    fn commit(&self, id: u64, drain: Drain, set: bool) {
+    /// Whether a worker of `role` may have `durable` kept, and there is not more of it than anybody could want.
+    fn may_keep(&self, role: Role, durable: &Durable) -> bool {
+        use dns64::zone::Durable as Dns64;
+        let Kept { drains, dns64 } = &self.links.kept;
+        match (role, durable) {
+            (Role::Lb, Durable::Drain { drain, set }) => {
+                drain.frontend.len() <= NAME && drain.backend.len() <= NAME && (!set || drains.len() < DRAINS)
+            }
+            (Role::Dns64, Durable::Dns64(durable)) => match &**durable {
+                Dns64::Zone(change) => {
+                    let nodes: usize = dns64.zones.values().map(|zone| zone.nodes.len()).sum();
+                    change.records.len() <= RECORDS && (nodes < NODES || change.records.is_empty())
+                }
+                Dns64::Key(_) => dns64.keys.iter().count() < NODES,
+                Dns64::KeyRemoved { .. } => true,
+            },
+            _ => false,
+        }
+    }
+
+    /// Makes something durable and says so.
+    fn commit(&self, id: u64, durable: Durable) {
         let (vault, outbox, incarnation) = (Arc::clone(&self.links.vault), self.outbox.clone(), self.incarnation);
         tokio::spawn(async move {
-            let written = drain.clone();
-            let result = vault.call(move |store| store.set_drain(&written, set)).await;
+            let result = vault.keep(durable.clone()).await;
             if result.is_ok() {
-                tracing::info!(frontend = drain.frontend, backend = drain.backend, set, "drain kept");
-                let _ = outbox.send(Message::Drained { drain, set }).await;
+                tell(&durable);
+                let durable = Box::new(durable);
+                let _ = outbox.send(Message::Kept { incarnation, durable }).await;
             }
             let message = ToWorker::Committed { id, result };
             let _ = outbox.send(Message::ToWorker { incarnation, message }).await;
         });
     }
 
-    fn drained(&mut self, drain: Drain, set: bool) {
-        if set {
-            self.links.drains.insert(drain);
-        } else {
-            self.links.drains.remove(&drain);
+    /// Something that the incarnation of that number wanted is durable. Another one, and one that is being started, was given
+    /// what was kept before.
+    fn kept(&mut self, incarnation: u64, durable: Durable, process: &Process, life: &Life) {
+        if let Durable::Dns64(_) = &durable {
+            let learn = || ToWorker::Learn {
+                durable: Box::new(durable.clone()),
+            };
+            if incarnation != self.incarnation {
+                process.say(learn(), Vec::new());
+            }
+            if let Some(successor) = &life.successor {
+                successor.learn(learn());
+            }
         }
+        self.links.kept.keep(durable);
     }
 
     /// Gets the metrics page, the only thing the web worker may ask for.
@@ -774,10 +815,27 @@ struct Life {
     silent: u32,
     pings: u64,
     next: u64,
-    asked: BTreeMap<u64, (Request, oneshot::Sender<Answer>)>,
+    asked: BTreeMap<u64, (Question, oneshot::Sender<Reply>)>,
     reload: Option<(u64, Reload)>,
     reload_since: Option<Instant>,
     successor: Option<Successor>,
+}
+
+/// What has been kept, for the log.
+fn tell(durable: &Durable) {
+    use dns64::zone::Durable as Dns64;
+    match durable {
+        Durable::Drain { drain, set } => {
+            tracing::info!(frontend = drain.frontend, backend = drain.backend, set, "drain kept");
+        }
+        Durable::Dns64(durable) => match &**durable {
+            Dns64::Zone(change) => {
+                tracing::info!(node = %change.node, records = change.records.len(), "names of a node kept");
+            }
+            Dns64::Key(key) => tracing::info!(key = %key.name, node = %key.node, "a node's key kept"),
+            Dns64::KeyRemoved { name, .. } => tracing::info!(key = %name, "a node's key removed"),
+        },
+    }
 }
 
 async fn at(until: Option<tokio::time::Instant>) {

@@ -14,12 +14,13 @@ use std::{
     sync::Arc,
 };
 
-use lb::{Need, What};
+use settings::{Need, What};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::memory;
 use crate::{
     config::{self, Loaded},
+    endpoint::{Endpoint, Transport},
     notify,
     worker::{
         Role,
@@ -30,8 +31,8 @@ use crate::{
 /// Largest file a configuration may name: a CA bundle has 200 KiB.
 const MOST: u64 = 1 << 20;
 
-/// Listening sockets by address. Each is shared by whoever needs it and closed when the last one drops it.
-pub(super) type Sockets = BTreeMap<SocketAddr, Vec<Arc<OwnedFd>>>;
+/// Bound sockets by place. Each is shared by whoever needs it and closed when the last one drops it.
+pub(super) type Sockets = BTreeMap<Endpoint, Vec<Arc<OwnedFd>>>;
 
 /// All that a worker is started with.
 #[derive(Clone, Default, PartialEq)]
@@ -66,9 +67,12 @@ impl PartialEq for SameSockets {
 }
 
 /// What one configuration needs, opened.
+#[derive(PartialEq)]
 pub(super) struct Opened {
     /// For the balancer.
     pub(super) lb: Spec,
+    /// For the resolver, if there is one.
+    pub(super) dns64: Option<Spec>,
     /// For the metrics page, if there is one.
     pub(super) web: Option<Spec>,
 }
@@ -78,31 +82,28 @@ impl Opened {
     pub(super) fn spec(&self, role: Role) -> Option<&Spec> {
         match role {
             Role::Lb => Some(&self.lb),
+            Role::Dns64 => self.dns64.as_ref(),
             Role::Web => self.web.as_ref(),
         }
     }
 
     /// Every socket.
     pub(super) fn sockets(&self) -> Sockets {
-        let specs = [Some(&self.lb), self.web.as_ref()];
-        specs
-            .into_iter()
-            .flatten()
-            .flat_map(|spec| spec.sockets.0.clone())
-            .collect()
+        let specs = Role::ALL.into_iter().filter_map(|role| self.spec(role));
+        specs.flat_map(|spec| spec.sockets.0.clone()).collect()
     }
 }
 
 impl Spec {
     /// As a message, and the descriptors that go with it: of the listeners that `before` does not have.
     pub(super) fn service(&self, before: Option<&Self>) -> (Service, Vec<Arc<OwnedFd>>) {
-        let is_new = |address: &SocketAddr| before.is_none_or(|before| !before.sockets.0.contains_key(address));
-        let fresh: Vec<_> = self.sockets.0.iter().filter(|(address, _)| is_new(address)).collect();
+        let is_new = |place: &Endpoint| before.is_none_or(|before| !before.sockets.0.contains_key(place));
+        let fresh: Vec<_> = self.sockets.0.iter().filter(|(place, _)| is_new(place)).collect();
         let service = Service {
             text: self.text.to_string(),
             listeners: fresh
                 .iter()
-                .map(|(address, copies)| (**address, u16::try_from(copies.len()).unwrap_or(u16::MAX)))
+                .map(|(place, copies)| (**place, u16::try_from(copies.len()).unwrap_or(u16::MAX)))
                 .collect(),
             files: self.files.clone(),
             resolv_conf: self.resolv_conf.clone(),
@@ -139,6 +140,17 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
     for need in lb::needs(&lb, threads) {
         opening.need(&need, &mut spec);
     }
+    let dns64 = loaded.config.dns64.as_ref().map(|config| {
+        let mut spec = Spec {
+            text: loaded.text.as_str().into(),
+            threads,
+            ..Spec::default()
+        };
+        for need in dns64::needs(config, threads) {
+            opening.need(&need, &mut spec);
+        }
+        spec
+    });
     spec.resolv_conf = Bytes(system_file("/etc/resolv.conf"));
     spec.hosts = Bytes(system_file("/etc/hosts"));
     let web = (!loaded.config.control.metrics.is_empty()).then(|| {
@@ -163,7 +175,7 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
         }
         spec
     });
-    let mut opened = Opened { lb: spec, web };
+    let mut opened = Opened { lb: spec, dns64, web };
     match loaded.secrets() {
         Ok(secrets) => {
             if let Some(web) = &mut opened.web {
@@ -189,16 +201,8 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn need(&mut self, need: &Need, spec: &mut Spec) {
         match &need.what {
-            What::Listener { address, copies } => match self.listener(*address, usize::from(*copies)) {
-                Ok(sockets) => {
-                    self.opened.insert(*address, sockets.clone());
-                    spec.sockets.0.insert(*address, sockets);
-                }
-                Err(error) => {
-                    let (message, help) = cannot_listen(*address, &error);
-                    self.fault(need.span.clone(), &message, &help);
-                }
-            },
+            What::Listener { address, copies } => self.socket(need, Endpoint::tcp(*address), *copies, spec),
+            What::Datagrams { address, copies } => self.socket(need, Endpoint::udp(*address), *copies, spec),
             What::File(path) => match read_file(path) {
                 Ok(content) => {
                     if let Err(error) = lb::io::check_file(&content) {
@@ -220,6 +224,19 @@ impl Opening<'_> {
         }
     }
 
+    fn socket(&mut self, need: &Need, place: Endpoint, copies: u16, spec: &mut Spec) {
+        match self.bound(place, usize::from(copies)) {
+            Ok(sockets) => {
+                self.opened.insert(place, sockets.clone());
+                spec.sockets.0.insert(place, sockets);
+            }
+            Err(error) => {
+                let (message, help) = cannot_listen(place, &error);
+                self.fault(need.span.clone(), &message, &help);
+            }
+        }
+    }
+
     fn fault(&mut self, span: Range<usize>, message: &str, help: &str) {
         self.faults.push(config::render(
             &self.loaded.text,
@@ -230,9 +247,9 @@ impl Opening<'_> {
         ));
     }
 
-    fn listener(&self, address: SocketAddr, copies: usize) -> io::Result<Vec<Arc<OwnedFd>>> {
-        let mut sockets: Vec<_> = self.held.get(&address).cloned().unwrap_or_default();
-        // A socket that nobody accepts from would swallow its share of the connections.
+    fn bound(&self, place: Endpoint, copies: usize) -> io::Result<Vec<Arc<OwnedFd>>> {
+        let mut sockets: Vec<_> = self.held.get(&place).cloned().unwrap_or_default();
+        // A socket that nobody reads from would swallow its share of what comes.
         sockets.truncate(copies);
         // SO_REUSEPORT would let us in beside another process of our user, so first without it; unless the other one
         // is us.
@@ -240,42 +257,61 @@ impl Opening<'_> {
             .held
             .keys()
             .chain(self.opened.keys())
-            .any(|other| overlap(*other, address));
+            .any(|other| overlap(*other, place));
         if sockets.len() < copies && !ours {
-            probe(address)?;
+            probe(place)?;
         }
         while sockets.len() < copies {
-            sockets.push(Arc::new(lb::io::socket::listener(address)?));
+            let socket = match place.transport {
+                Transport::Tcp => lb::io::socket::listener(place.address)?,
+                Transport::Udp => dns64::io::udp::bound(place.address)?,
+            };
+            sockets.push(Arc::new(socket));
         }
         Ok(sockets)
     }
 }
 
-/// Whether one of two listeners would keep the other from binding.
-fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+/// Whether one of two sockets would keep the other from binding.
+fn overlap(a: Endpoint, b: Endpoint) -> bool {
+    if a.transport != b.transport {
+        return false;
+    }
+    let (a, b) = (a.address, b.address);
     a.port() == b.port()
         && a.is_ipv4() == b.is_ipv4()
         && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
 }
 
-/// Finds out whether another process listens on `address`.
-fn probe(address: SocketAddr) -> io::Result<()> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    if address.is_ipv6() {
+/// Finds out whether another process has `place`.
+fn probe(place: Endpoint) -> io::Result<()> {
+    let (kind, protocol) = match place.transport {
+        Transport::Tcp => (Type::STREAM, Protocol::TCP),
+        Transport::Udp => (Type::DGRAM, Protocol::UDP),
+    };
+    let socket = Socket::new(Domain::for_address(place.address), kind, Some(protocol))?;
+    if place.address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    // For connections of an earlier run that have not quite ended; it does not help against a listener.
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())
+    if place.transport == Transport::Tcp {
+        // For connections of an earlier run that have not quite ended; it does not help against a listener.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&place.address.into())
 }
 
 /// Cause and remedy of a listener that cannot be had.
-fn cannot_listen(address: SocketAddr, error: &io::Error) -> (String, String) {
+fn cannot_listen(place: Endpoint, error: &io::Error) -> (String, String) {
+    let address = place.address;
     let port = address.port();
+    let flags = match place.transport {
+        Transport::Tcp => "-Htlnp",
+        Transport::Udp => "-Hulnp",
+    };
     match error.kind() {
         io::ErrorKind::AddrInUse => (
             format!("{address} is in use by another process, so edged cannot listen there"),
-            format!("see which one: ss -Htlnp 'sport = :{port}'; then stop it, or write another address or port"),
+            format!("see which one: ss {flags} 'sport = :{port}'; then stop it, or write another address or port"),
         ),
         io::ErrorKind::AddrNotAvailable => (
             format!(
@@ -341,7 +377,7 @@ fn system_file(path: &str) -> Vec<u8> {
 /// What a service manager kept for this process, by what it really is.
 #[derive(Default)]
 pub(super) struct Adopted {
-    /// Listeners by the address they have.
+    /// Sockets by the place they have.
     pub(super) sockets: Sockets,
     /// The state memory, known by its seals.
     pub(super) state: Option<OwnedFd>,
@@ -355,9 +391,9 @@ pub(super) struct Adopted {
 pub(super) fn adopt(descriptors: Vec<(String, OwnedFd)>) -> Adopted {
     let mut adopted = Adopted::default();
     for (name, descriptor) in descriptors {
-        let belongs = if let Some(address) = listening_on(&descriptor) {
-            adopted.sockets.entry(address).or_default().push(Arc::new(descriptor));
-            Some(notify::name_of(address))
+        let belongs = if let Some(place) = bound_to(&descriptor) {
+            adopted.sockets.entry(place).or_default().push(Arc::new(descriptor));
+            Some(notify::name_of(place))
         } else if adopted.state.is_none() && memory::is_ours(&descriptor) {
             adopted.state = Some(descriptor);
             Some(notify::STATE.to_owned())
@@ -380,7 +416,7 @@ impl Adopted {
     /// Names whose content in the store is not what `sockets` has: to be removed there, and stored again. Only those:
     /// a supervisor that dies in between loses what it has just removed.
     pub(super) fn stale(&self, sockets: &Sockets) -> Vec<String> {
-        let kept = |name: &str| match sockets.iter().find(|(address, _)| notify::name_of(**address) == name) {
+        let kept = |name: &str| match sockets.iter().find(|(place, _)| notify::name_of(**place) == name) {
             Some((_, copies)) => copies.len(),
             None => usize::from(name == notify::STATE),
         };
@@ -392,16 +428,23 @@ impl Adopted {
     }
 }
 
-/// Where `descriptor` listens, if it is a TCP listener that can be shared with further ones.
-fn listening_on(descriptor: &OwnedFd) -> Option<SocketAddr> {
-    use rustix::net::sockopt;
+/// Where `descriptor` is bound, if it is a TCP listener or a UDP socket that can be shared with further ones.
+fn bound_to(descriptor: &OwnedFd) -> Option<Endpoint> {
+    use rustix::net::{SocketType, sockopt};
     let socket = descriptor.as_fd();
-    let listens = sockopt::socket_type(socket).ok()? == rustix::net::SocketType::STREAM
-        && sockopt::socket_acceptconn(socket).ok()?
-        && sockopt::socket_reuseport(socket).ok()?;
-    rustix::io::ioctl_fionbio(socket, true).ok()?;
-    let address = rustix::net::getsockname(socket).ok()?;
-    SocketAddr::try_from(address).ok().filter(|_| listens)
+    if !sockopt::socket_reuseport(socket).ok()? {
+        return None;
+    }
+    let address = SocketAddr::try_from(rustix::net::getsockname(socket).ok()?).ok()?;
+    match sockopt::socket_type(socket).ok()? {
+        SocketType::STREAM if sockopt::socket_acceptconn(socket).ok()? => {
+            rustix::io::ioctl_fionbio(socket, true).ok()?;
+            Some(Endpoint::tcp(address))
+        }
+        // Left as it is: a worker's thread may be reading from it.
+        SocketType::DGRAM if address.port() != 0 => Some(Endpoint::udp(address)),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -431,7 +474,7 @@ mod tests {
     fn a_listener_has_a_socket_per_thread_and_keeps_them() {
         let address = free();
         let first = open(&loaded(&text(address)), 3, &Sockets::new()).expect("opened");
-        assert_eq!(first.lb.sockets.0[&address].len(), 3);
+        assert_eq!(first.lb.sockets.0[&Endpoint::tcp(address)].len(), 3);
         let again = open(&loaded(&text(address)), 3, &first.sockets()).expect("opened");
         assert!(again.lb == first.lb);
     }
@@ -514,7 +557,10 @@ mod tests {
             ("unshared".into(), unshared.into()),
             ("x".into(), memory),
         ]);
-        assert_eq!(adopted.sockets.keys().copied().collect::<Vec<_>>(), [address]);
+        assert_eq!(
+            adopted.sockets.keys().copied().collect::<Vec<_>>(),
+            [Endpoint::tcp(address)]
+        );
         assert!(adopted.state.is_some());
         assert_eq!(
             adopted.stale(&adopted.sockets),
@@ -525,21 +571,27 @@ mod tests {
     #[test]
     fn what_is_kept_as_it_should_be_is_not_touched_in_the_store() {
         let (address, other) = (free(), free());
-        let name = notify::name_of(address);
+        let name = notify::name_of(Endpoint::tcp(address));
         let passed = |copies: usize| {
             let mut passed: Vec<_> = (0..copies)
                 .map(|_| (name.clone(), lb::io::socket::listener(address).expect("bound")))
                 .collect();
             passed.push((notify::STATE.into(), memory::create().expect("memory")));
-            passed.push((notify::name_of(other), lb::io::socket::listener(other).expect("bound")));
+            passed.push((
+                notify::name_of(Endpoint::tcp(other)),
+                lb::io::socket::listener(other).expect("bound"),
+            ));
             adopt(passed)
         };
         let adopted = passed(2);
         assert_eq!(adopted.stale(&adopted.sockets), Vec::<String>::new());
         let opened = open(&loaded(&text(address)), 2, &adopted.sockets).expect("opened");
-        assert_eq!(adopted.stale(&opened.sockets()), [notify::name_of(other)]);
+        assert_eq!(
+            adopted.stale(&opened.sockets()),
+            [notify::name_of(Endpoint::tcp(other))]
+        );
         let fewer = open(&loaded(&text(address)), 1, &adopted.sockets).expect("opened");
-        let mut stale = vec![name, notify::name_of(other)];
+        let mut stale = vec![name, notify::name_of(Endpoint::tcp(other))];
         stale.sort();
         assert_eq!(adopted.stale(&fewer.sockets()), stale);
     }

@@ -234,7 +234,7 @@ impl House {
             memory: self.state.as_ref().map(|memory| raw(&memory.as_fd())),
             listeners: sockets
                 .iter()
-                .map(|(address, copies)| (*address, copies.iter().map(|copy| raw(&copy.as_fd())).collect()))
+                .map(|(place, copies)| (*place, copies.iter().map(|copy| raw(&copy.as_fd())).collect()))
                 .collect(),
             workers: released
                 .iter()
@@ -278,11 +278,11 @@ impl House {
     /// Goes on with workers that were let go for nothing.
     async fn keep_again(self: &Arc<Self>, released: BTreeMap<Role, Running>) {
         let opened = Arc::clone(&lock(&self.now).opened);
-        let drains = self.vault.drains().await;
+        let kept = self.vault.kept().await;
         for (role, running) in released {
             let Some(spec) = opened.spec(role) else { continue };
             let pid = running.pid;
-            if let Err(error) = self.adopt_worker(role, spec.clone(), running, drains.clone()) {
+            if let Err(error) = self.adopt_worker(role, spec.clone(), running, kept.clone()) {
                 tracing::error!(%role, %error, "the worker cannot be looked after any more and is started anew");
                 if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
                     // A child that nobody has waited for: the number is still its own.
@@ -303,7 +303,7 @@ impl House {
         }
         let own = build::own();
         let (mut faults, mut notes) = (Vec::new(), Vec::new());
-        for role in [Role::Lb, Role::Web] {
+        for role in Role::ALL {
             let Some(keeper) = lock(&self.workers).get(&role).cloned() else {
                 continue;
             };

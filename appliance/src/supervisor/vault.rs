@@ -11,18 +11,40 @@ use std::{
     time::Duration,
 };
 
+use dns64::zone::Memory;
 use lb::io::Drain;
 use tokio::sync::oneshot;
 
 use crate::{
     log,
     store::{RedbStore, Store, StoreError},
+    worker::message::Durable,
 };
 
 /// Requests that may wait for the disk.
 const QUEUE: usize = 64;
 /// The name of the thread, by which the panic hook knows it.
 pub(super) const THREAD: &str = "store";
+
+/// What workers have had kept, and are started with.
+#[derive(Clone, Default)]
+pub(super) struct Kept {
+    /// Drains in effect.
+    pub(super) drains: BTreeSet<Drain>,
+    /// What nodes registered, and their keys.
+    pub(super) dns64: Memory,
+}
+
+impl Kept {
+    /// Keeps in mind what has been made durable.
+    pub(super) fn keep(&mut self, durable: Durable) {
+        match durable {
+            Durable::Drain { drain, set: true } => drop(self.drains.insert(drain)),
+            Durable::Drain { drain, set: false } => drop(self.drains.remove(&drain)),
+            Durable::Dns64(durable) => self.dns64.keep(*durable),
+        }
+    }
+}
 
 type Job = Box<dyn FnOnce(&dyn Store) + Send>;
 
@@ -131,8 +153,42 @@ impl Vault {
         result.map_err(|error| log::chain(&error))
     }
 
+    /// What workers have had kept.
+    pub(super) async fn kept(&self) -> Kept {
+        Kept {
+            drains: self.drains().await,
+            dns64: self.dns64().await,
+        }
+    }
+
+    /// What nodes registered; nothing, with a word in the log, if it cannot be read.
+    async fn dns64(&self) -> Memory {
+        if !self.is_open() {
+            return Memory::default();
+        }
+        match self.call(|store| store.dns64()).await {
+            Ok(memory) => memory,
+            Err(error) => {
+                tracing::error!(
+                    error,
+                    "the names of nodes and their keys cannot be read: nodes are unknown, and none can register"
+                );
+                Memory::default()
+            }
+        }
+    }
+
+    /// Makes something durable.
+    pub(super) async fn keep(&self, durable: Durable) -> Result<(), String> {
+        self.call(move |store| match &durable {
+            Durable::Drain { drain, set } => store.set_drain(drain, *set),
+            Durable::Dns64(durable) => store.keep_dns64(durable),
+        })
+        .await
+    }
+
     /// The drains in effect; none, with a word in the log, if they cannot be read.
-    pub(super) async fn drains(&self) -> BTreeSet<Drain> {
+    async fn drains(&self) -> BTreeSet<Drain> {
         if !self.is_open() {
             return BTreeSet::new();
         }

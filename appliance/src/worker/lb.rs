@@ -9,7 +9,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::{FromWorker, Listeners, Role, Service, Start, ToWorker, deal, load, message::Bytes};
+use super::{
+    FromWorker, Role, Service, Sockets, Start, ToWorker, ask, deal, hear, load,
+    message::{Bytes, Durable, Question, Reply},
+};
 use crate::{
     channel::Channel,
     handover::{self, Giver, Part, Taker},
@@ -76,17 +79,7 @@ async fn converse(
     commands: mpsc::Sender<Command>,
     mut commits: mpsc::Receiver<Commit>,
 ) -> anyhow::Result<Stopped> {
-    let (heard, mut hears) = mpsc::channel(16);
-    // A task of its own, because a receive must not be cancelled half way.
-    tokio::spawn(async move {
-        loop {
-            let received = channel.receive::<ToWorker>().await;
-            let last = !matches!(received, Ok(Some(_)));
-            if heard.send(received).await.is_err() || last {
-                return;
-            }
-        }
-    });
+    let mut hears = hear(channel);
     let mut waiting: BTreeMap<u64, oneshot::Sender<Result<(), String>>> = BTreeMap::new();
     let mut next = 0;
     let (gave, mut given) = mpsc::channel(1);
@@ -97,9 +90,10 @@ async fn converse(
                 let Some((message, descriptors)) = received.transpose()?.flatten() else { return Ok(Stopped::Orphaned) };
                 match message {
                     ToWorker::Ping { id } => ask(&commands, Command::Ping, said.clone(), move |()| FromWorker::Pong { id }).await,
-                    ToWorker::Ask { id, request } => {
+                    ToWorker::Ask { id, question: Question::Lb(request) } => {
                         let command = |reply| Command::Ask { request, reply };
-                        ask(&commands, command, said.clone(), move |answer| FromWorker::Answer { id, answer: Box::new(answer) }).await;
+                        let answer = move |answer| FromWorker::Answer { id, reply: Reply::Lb(Box::new(answer)) };
+                        ask(&commands, command, said.clone(), answer).await;
                     }
                     ToWorker::Reload { id, service } => {
                         let (config, opened) = reload(*service, descriptors)?;
@@ -122,7 +116,9 @@ async fn converse(
                         let _ = commands.send(Command::Stop { grace: Duration::from_millis(grace_ms) }).await;
                         return Ok(Stopped::Told);
                     }
-                    ToWorker::Start(_) | ToWorker::Metrics { .. } => bail!("the supervisor said what is not for the balancer"),
+                    ToWorker::Start(_) | ToWorker::Metrics { .. } | ToWorker::Ask { .. } | ToWorker::Learn { .. } => {
+                        bail!("the supervisor said what is not for the balancer")
+                    }
                 }
             }
             Some((id, result)) = given.recv() => {
@@ -139,27 +135,11 @@ async fn converse(
             Some(Commit { drain, set, done }) = commits.recv() => {
                 next += 1;
                 waiting.insert(next, done);
-                let _ = said.send(FromWorker::Commit { id: next, drain, set }).await;
+                let durable = Box::new(Durable::Drain { drain, set });
+                let _ = said.send(FromWorker::Commit { id: next, durable }).await;
             }
         }
     }
-}
-
-/// Gives the balancer a command and, when it answers, the supervisor the answer. Without an answer none is given: the
-/// supervisor draws its own conclusions from silence.
-async fn ask<T: Send + 'static>(
-    commands: &mpsc::Sender<Command>,
-    command: impl FnOnce(oneshot::Sender<T>) -> Command,
-    said: mpsc::Sender<FromWorker>,
-    answer: impl FnOnce(T) -> FromWorker + Send + 'static,
-) {
-    let (reply, replied) = oneshot::channel();
-    let _ = commands.send(command(reply)).await;
-    tokio::spawn(async move {
-        if let Ok(value) = replied.await {
-            let _ = said.send(answer(value)).await;
-        }
-    });
 }
 
 /// Hands the balancer over to whoever holds the other end of the socket. With `Ok` the successor serves; what is returned
@@ -255,9 +235,12 @@ fn reload(service: Service, descriptors: Vec<OwnedFd>) -> anyhow::Result<(Box<lb
     Ok((Box::new(loaded.config.lb), opened(service, listeners)))
 }
 
-fn opened(service: Service, listeners: Listeners) -> Opened {
+fn opened(service: Service, sockets: Sockets) -> Opened {
     Opened {
-        listeners,
+        listeners: sockets
+            .into_iter()
+            .map(|(endpoint, copies)| (endpoint.address, copies))
+            .collect(),
         files: service
             .files
             .into_iter()

@@ -1,16 +1,15 @@
 //! What supervisor and worker say to each other.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
-use lb::{
-    Drain,
-    status::{Answer, Request},
-};
+use lb::Drain;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+use crate::endpoint::Endpoint;
 
 /// Of these messages and of the packets they travel in. A supervisor that takes over from another one goes on talking with
 /// its workers, so whatever changes their meaning raises it.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// From the supervisor.
 #[derive(Serialize, Deserialize)]
@@ -30,12 +29,17 @@ pub enum ToWorker {
         /// Names the answer.
         id: u64,
     },
-    /// A question to the balancer; [`FromWorker::Answer`] answers.
+    /// A question to the service; [`FromWorker::Answer`] answers.
     Ask {
         /// Names the answer.
         id: u64,
         /// What is asked.
-        request: Request,
+        question: Question,
+    },
+    /// Something became durable through another process of the same role.
+    Learn {
+        /// What.
+        durable: Box<Durable>,
     },
     /// Answers [`FromWorker::Commit`].
     Committed {
@@ -79,8 +83,8 @@ pub enum FromWorker {
     Answer {
         /// Of the question.
         id: u64,
-        /// What the balancer says.
-        answer: Box<Answer>,
+        /// What the service says.
+        reply: Reply,
     },
     /// Answers [`ToWorker::Reload`].
     Reloaded {
@@ -96,20 +100,53 @@ pub enum FromWorker {
         /// The successor serves, or why not; then everything goes on here.
         result: Result<(), String>,
     },
-    /// A drain to be made durable; from `lb` only.
+    /// Something to be made durable; of the worker's own kind only.
     Commit {
         /// Names the answer.
         id: u64,
-        /// Which drain.
-        drain: Drain,
-        /// Set or taken back.
-        set: bool,
+        /// What.
+        durable: Box<Durable>,
     },
     /// The metrics page is wanted; from `web` only.
     Metrics {
         /// Names the answer.
         id: u64,
     },
+}
+
+/// A question to the service of a role.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Question {
+    /// To the balancer.
+    Lb(lb::status::Request),
+    /// To the resolver.
+    Dns64(dns64::status::Request),
+}
+
+/// The answer to a [`Question`], from the same role.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// From the balancer.
+    Lb(Box<lb::status::Answer>),
+    /// From the resolver.
+    Dns64(Box<dns64::status::Answer>),
+}
+
+/// What a worker may have kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durable {
+    /// A drain; from `lb` only.
+    Drain {
+        /// Which.
+        drain: Drain,
+        /// Set or taken back.
+        set: bool,
+    },
+    /// A node's records or key; from `dns64` only.
+    Dns64(Box<dns64::zone::Durable>),
 }
 
 /// Everything a worker runs on. Descriptors: the state memory if `state`, the end of a socket pair if `inherit`, then those
@@ -122,6 +159,9 @@ pub struct Start {
     pub threads: u16,
     /// Drains in effect.
     pub drains: Vec<Drain>,
+    /// What nodes registered, and their keys.
+    #[serde(default)]
+    pub dns64: dns64::zone::Memory,
     /// Whether the first descriptor is the state memory.
     pub state: bool,
     /// Whether to take over from a running predecessor, to which the next descriptor leads.
@@ -136,8 +176,8 @@ pub struct Start {
 pub struct Service {
     /// The TOML text, which the worker reads with the code that checked it.
     pub text: String,
-    /// Listeners and how many descriptors each has, in the order of the descriptors.
-    pub listeners: Vec<(SocketAddr, u16)>,
+    /// Sockets and how many descriptors each has, in the order of the descriptors.
+    pub listeners: Vec<(Endpoint, u16)>,
     /// Content of the files that the configuration names.
     pub files: BTreeMap<PathBuf, Bytes>,
     /// Content of /etc/resolv.conf.

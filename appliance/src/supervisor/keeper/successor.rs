@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! balancer      start the new one and join both by a socket pair -> the old one hands over -> the new one is ready
+//! resolver      start the new one on the same sockets, tell it what the old one has kept -> it is ready -> stop the old one
 //! metrics page  start the new one on the same listeners -> it is ready -> stop the old one
 //! ```
 //! Until the new one is ready the old one is the worker, and whatever goes wrong ends the new one only. What both ends of a
@@ -30,6 +31,8 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(handover::START.as_secs() + handover::TOTAL.as_secs() + 2);
 /// For the other side's word, when one of them has ended or has said that it handed over.
 const LAST_WORD: Duration = Duration::from_secs(3);
+/// Milliseconds for an old one to answer what it has taken.
+const LAST_ANSWERS: u64 = 500;
 /// For an old one to end by itself.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -57,6 +60,11 @@ pub(super) async fn says(successor: &mut Option<Successor>) -> Heard {
 }
 
 impl Successor {
+    /// Tells it what became durable since it was started.
+    pub(super) fn learn(&self, message: ToWorker) {
+        self.process.say(message, Vec::new());
+    }
+
     /// Ends it, and says why nothing was taken over.
     pub(super) fn fail(self, why: String) {
         let _ = self.reply.send(Err(why));
@@ -221,13 +229,13 @@ impl Actor {
         }
         self.look("running", Some(process.pid()));
         tracing::info!(role = %self.role, pid = process.pid(), predecessor = old.pid(), "worker replaced");
-        for (_, (request, reply)) in asked {
-            let _ = self.told(super::Message::Ask { request, reply }, process, life);
+        for (_, (question, reply)) in asked {
+            let _ = self.told(super::Message::Ask { question, reply }, process, life);
         }
         let role = self.role;
         tokio::spawn(async move {
             if successor.order.is_none() {
-                old.say(ToWorker::Stop { grace_ms: 0 }, Vec::new());
+                old.say(ToWorker::Stop { grace_ms: LAST_ANSWERS }, Vec::new());
             }
             if timeout(FAREWELL, old.ended()).await.is_err() {
                 tracing::warn!(%role, pid = old.pid(), "the replaced worker did not end by itself and is killed");

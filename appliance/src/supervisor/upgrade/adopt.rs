@@ -125,10 +125,10 @@ async fn adopt(
 ) -> Result<Arc<House>, String> {
     log::change(&loaded.config.log);
     let mut held = Sockets::new();
-    for (address, copies) in &carried.listeners {
+    for (place, copies) in &carried.listeners {
         let copies: Result<Vec<Arc<OwnedFd>>, String> =
             copies.iter().map(|raw| carried.copy(*raw).map(Arc::new)).collect();
-        held.insert(*address, copies?);
+        held.insert(*place, copies?);
     }
     let opened = opening::open(&loaded, carried.threads, &held)?;
     let control = Control::new(carried.copy(carried.control)?, carried.control_path.clone());
@@ -142,7 +142,7 @@ async fn adopt(
     if !came_back && handover::test_die().is_some_and(|at| at == "adopt") {
         return Err("a test wants it to".into());
     }
-    let drains = vault.drains().await;
+    let kept = vault.kept().await;
     let notify = Notify::new(&environment);
     let config = &carried.config;
     let house = Arc::new(House {
@@ -194,7 +194,7 @@ async fn adopt(
     // No task runs before the next await, so that all of this or nothing has happened.
     for (role, spec, was) in running {
         house
-            .adopt_worker(role, spec, was, drains.clone())
+            .adopt_worker(role, spec, was, kept.clone())
             .map_err(|error| format!("worker {role} cannot be looked after: {error}"))?;
     }
     house
@@ -204,7 +204,7 @@ async fn adopt(
     house.notify.alive();
     house.store_sockets(&held, &opened.sockets());
     house.forget_sockets(&held, &opened.sockets());
-    for role in [Role::Lb, Role::Web] {
+    for role in Role::ALL {
         let runs = lock(&house.workers).contains_key(&role);
         if let (Some(spec), false) = (opened.spec(role), runs) {
             drop(house.start_worker(role, spec.clone()).await);

@@ -6,7 +6,6 @@
 use std::{
     fs::File,
     io::{Read, Seek, Write},
-    net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     path::PathBuf,
     time::{Duration, Instant},
@@ -18,7 +17,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{api, build::Build, worker::Role};
+use crate::{api, build::Build, endpoint::Endpoint, worker::Role};
 
 /// Of this state; another one is not understood. A field that is added without raising it has a default, and one that is
 /// left out was never needed.
@@ -49,8 +48,8 @@ pub(super) struct Carried {
     pub(super) store: bool,
     /// The balancer's state memory.
     pub(super) memory: Option<RawFd>,
-    /// Every listener.
-    pub(super) listeners: Vec<(SocketAddr, Vec<RawFd>)>,
+    /// Every bound socket.
+    pub(super) listeners: Vec<(Endpoint, Vec<RawFd>)>,
     /// Every worker that runs.
     pub(super) workers: Vec<Worker>,
     /// The configuration in effect.

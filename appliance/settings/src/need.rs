@@ -1,0 +1,35 @@
+//! What a section asks for before its service can run.
+
+use std::{net::SocketAddr, ops::Range, path::PathBuf};
+
+/// Something the supervisor opens before the worker exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// What to open.
+    pub what: What,
+    /// The key that asks for it, such as `lb.frontend.api.listen`.
+    pub key: String,
+    /// Its bytes in the configuration file.
+    pub span: Range<usize>,
+}
+
+/// The kinds of [`Need`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A TCP listener with keepalive and TCP_USER_TIMEOUT.
+    Listener {
+        /// Where; unique within the configuration.
+        address: SocketAddr,
+        /// How many SO_REUSEPORT sockets: one per thread that accepts.
+        copies: u16,
+    },
+    /// A bound UDP socket.
+    Datagrams {
+        /// Where; unique within the configuration.
+        address: SocketAddr,
+        /// How many SO_REUSEPORT sockets: one per thread that receives.
+        copies: u16,
+    },
+    /// The content of a readable file that is no secret (a CA certificate).
+    File(PathBuf),
+}

@@ -1,0 +1,586 @@
+//! The `[dns64]` section: its types, its defaults and the rules that its values keep.
+//!
+//! Parsing refuses unknown keys and malformed values; [`Config::check`] refuses what is well-formed but cannot work, or
+//! would make an edge that is open to the world.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use hickory_proto::rr::{Name, RData, Record, rdata::CNAME};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, de};
+use settings::{At, Cidr, Fault, Faults, Span, Timeout, string_schema};
+
+use crate::{
+    Pref64,
+    rate::Limit,
+    reverse::Form,
+    synthesis::{Mapping, Rules},
+    upstream::Url,
+    zone,
+};
+
+/// Where the roots of TLS upstreams come from unless `ca_file` says otherwise.
+pub const DEFAULT_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// DNS for nodes without IPv4: a resolver that makes AAAA records of A records, and the zone that nodes register in.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Addresses to answer on, over UDP and TCP.
+    pub listen: Vec<At<SocketAddr>>,
+    /// The prefixes under which IPv4 addresses appear (RFC 6052), one AAAA each; `[]` = no synthesis. Default: ["64:ff9b::/96"].
+    #[serde(default)]
+    #[schemars(extend("default" = ["64:ff9b::/96"]))]
+    pub prefixes: Option<Vec<At<Pref64>>>,
+    /// Sources that are answered, as CIDRs; others get silence by UDP and REFUSED by TCP. Default: this machine and the
+    /// prefixes of all zones.
+    #[serde(default)]
+    pub allow: Option<Vec<At<Cidr>>>,
+    /// Servers that are asked for everything else: "udp://192.0.2.53", "tcp://[2001:db8::53]:5353",
+    /// "tls://192.0.2.54#dns.example.org". Default: none.
+    #[serde(default)]
+    pub upstreams: Vec<At<Url>>,
+    /// Servers for the names at and below a domain, instead of `upstreams`.
+    #[serde(default)]
+    pub forward: BTreeMap<At<Domain>, Vec<At<Url>>>,
+    /// Addresses of single names, as in /etc/hosts; a name without AAAA gets synthesised ones too.
+    #[serde(default)]
+    pub hosts: BTreeMap<At<Domain>, Vec<IpAddr>>,
+    /// AAAA records within these networks do not count and are not passed on. Default: ["::ffff:0:0/96"].
+    #[serde(default)]
+    #[schemars(extend("default" = ["::ffff:0:0/96"]))]
+    pub exclude_aaaa: Option<Vec<At<Cidr>>>,
+    /// IPv4 networks for which nothing is synthesised, beside those that the well-known prefix must not have. Default: none.
+    #[serde(default)]
+    pub exclude_a: Vec<At<Cidr>>,
+    /// Domains at and below which nothing is synthesised. Default: none.
+    #[serde(default)]
+    pub exclude_names: Vec<At<Domain>>,
+    /// Domains at and below which AAAA records do not count, so that they are reached through NAT64. Default: none.
+    #[serde(default)]
+    pub ignore_aaaa: Vec<At<Domain>>,
+    /// What a question for AAAA that fails leads to. Default: "synthesise".
+    #[serde(default)]
+    pub on_aaaa_failure: OnFailure,
+    /// How the address of a synthesised record is given its name. Default: "ptr".
+    #[serde(default)]
+    pub reverse: ReverseForm,
+    /// How long after its TTL an answer may be given while upstreams do not answer, or "none". Default: 1d.
+    #[serde(default)]
+    pub stale: Option<At<Timeout>>,
+    /// Memory for answers in MiB, 1 to 1024. Default: 32.
+    #[serde(default)]
+    pub cache_mib: Option<At<u32>>,
+    /// The longest that an answer is kept, whatever its TTL. Default: 1d.
+    #[serde(default)]
+    pub max_ttl: Option<At<Span>>,
+    /// The longest that a name is known not to exist. Default: 1h.
+    #[serde(default)]
+    pub max_negative_ttl: Option<At<Span>>,
+    /// Answers per second to one network (IPv6 /56, IPv4 /24) that has no cookie; above it every second answer asks to come
+    /// by TCP, the others are not given.
+    #[serde(default)]
+    pub rate_limit: RateLimit,
+    /// Certificates (PEM) that TLS upstreams are verified with. Default: "/etc/ssl/certs/ca-certificates.crt".
+    #[serde(default)]
+    pub ca_file: Option<At<PathBuf>>,
+    /// One zone of nodes, with its reverse zones.
+    #[serde(default)]
+    pub zone: Vec<At<Zone>>,
+}
+
+/// A zone whose names nodes register themselves (RFC 2136), each with a key of its own.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Zone {
+    /// Its name. Default: "fleet".
+    #[serde(default = "fleet")]
+    pub name: At<Domain>,
+    /// Networks that nodes have their addresses in; their reverse zones are served too.
+    pub prefixes: Vec<At<Cidr>>,
+    /// The edge's own name in the zone. Default: "edge".
+    #[serde(default)]
+    pub edge: Option<At<Domain>>,
+    /// The edge's addresses, which its own name, `ns` and `api` get. Default: those of `listen` within `prefixes`.
+    #[serde(default)]
+    pub addresses: Option<Vec<IpAddr>>,
+    /// Further names, below the zone, and their addresses; no node may have them.
+    #[serde(default)]
+    pub hosts: BTreeMap<At<Domain>, Vec<IpAddr>>,
+    /// Further names, below the zone, and the name that each stands for: below the zone, or with a final dot anywhere.
+    #[serde(default)]
+    pub aliases: BTreeMap<At<Domain>, At<Target>>,
+    /// TTL of the records in it. Default: 30m.
+    #[serde(default)]
+    pub ttl: Option<At<Span>>,
+    /// How long others may take a name for unknown. Default: 60s.
+    #[serde(default)]
+    pub negative_ttl: Option<At<Span>>,
+}
+
+/// What a question for AAAA that fails leads to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    /// To A, as if there were no AAAA (RFC 6147 §5.1.2).
+    #[default]
+    Synthesise,
+    /// To the failure: what has IPv6 is never reached through NAT64 by mistake.
+    Fail,
+}
+
+/// How the address of a synthesised record is given its name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReverseForm {
+    /// By the PTR records of the IPv4 address.
+    #[default]
+    Ptr,
+    /// By a CNAME to the name of the IPv4 address.
+    Cname,
+}
+
+/// Answers per second to one network that has no cookie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    /// To one question; 0 = without limit. Default: 1000.
+    pub same: u32,
+    /// To all questions; 0 = without limit. Default: 20000.
+    pub all: u32,
+    /// Seconds' worth that may come at once, 1 to 60. Default: 5.
+    pub burst: u32,
+}
+
+/// A domain name, in lower case, without an origin.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Domain(pub Name);
+
+/// Where an alias leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A name below the zone.
+    Below(Name),
+    /// A name written with its final dot.
+    Anywhere(Name),
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self {
+            same: 1000,
+            all: 20_000,
+            burst: 5,
+        }
+    }
+}
+
+impl From<RateLimit> for Limit {
+    fn from(limit: RateLimit) -> Self {
+        Self {
+            same: limit.same,
+            all: limit.all,
+            burst: limit.burst,
+        }
+    }
+}
+
+impl Config {
+    /// What is synthesised.
+    pub fn rules(&self) -> Rules {
+        let prefixes = match &self.prefixes {
+            Some(prefixes) => prefixes.iter().map(|at| at.value).collect(),
+            None => vec![Pref64::WELL_KNOWN],
+        };
+        let names = |domains: &[At<Domain>]| domains.iter().map(|at| at.0.clone()).collect();
+        let mut rules = Rules::new(prefixes);
+        if let Some(networks) = &self.exclude_aaaa {
+            rules.exclude_aaaa = networks.iter().filter_map(|at| v6(at.net())).collect();
+        }
+        let except: Vec<Ipv4Net> = self.exclude_a.iter().filter_map(|at| v4(at.net())).collect();
+        for mapping in &mut rules.mappings {
+            let Mapping { except: networks, .. } = mapping;
+            networks.extend(&except);
+        }
+        rules.exclude_names = names(&self.exclude_names);
+        rules.ignore_aaaa = names(&self.ignore_aaaa);
+        rules.despite_failure = self.on_aaaa_failure == OnFailure::Synthesise;
+        rules
+    }
+
+    /// How PTR questions are answered.
+    pub const fn form(&self) -> Form {
+        match self.reverse {
+            ReverseForm::Ptr => Form::Ptr,
+            ReverseForm::Cname => Form::Cname,
+        }
+    }
+
+    /// Who is answered.
+    pub fn allowed(&self) -> Vec<IpNet> {
+        match &self.allow {
+            Some(networks) => networks.iter().map(|at| at.net()).collect(),
+            None => {
+                let own = ["127.0.0.0/8", "::1/128"]
+                    .into_iter()
+                    .filter_map(|net| net.parse().ok());
+                let nodes = self.zone.iter().flat_map(|zone| &zone.prefixes).map(|at| at.net());
+                own.chain(nodes).collect()
+            }
+        }
+    }
+
+    /// How long past its TTL an answer may be given.
+    pub fn stale(&self) -> Duration {
+        const DAY: Duration = Duration::from_secs(86_400);
+        self.stale.as_ref().map_or(DAY, |at| at.0.unwrap_or_default())
+    }
+
+    /// Octets that the cache may take.
+    pub fn cache(&self) -> usize {
+        self.cache_mib.as_ref().map_or(32, |at| at.value as usize) << 20
+    }
+
+    /// Bounds on how long answers are kept.
+    pub fn lifetimes(&self) -> crate::packed::Lifetimes {
+        let seconds = |span: &Option<At<Span>>, usual: u32| {
+            span.as_ref()
+                .map_or(usual, |at| u32::try_from(at.0.as_secs()).unwrap_or(u32::MAX))
+        };
+        let usual = crate::packed::Lifetimes::default();
+        crate::packed::Lifetimes {
+            longest: seconds(&self.max_ttl, usual.longest),
+            longest_negative: seconds(&self.max_negative_ttl, usual.longest_negative),
+            ..usual
+        }
+    }
+
+    /// The file with the certificates of authorities.
+    pub fn ca_file(&self) -> At<PathBuf> {
+        self.ca_file
+            .clone()
+            .unwrap_or_else(|| At::unwritten(PathBuf::from(DEFAULT_CA)))
+    }
+
+    /// Whether any upstream needs certificates to be verified with.
+    pub fn uses_tls(&self) -> bool {
+        let tls = |url: &At<Url>| url.transport() == crate::upstream::Transport::Tls;
+        self.upstreams.iter().chain(self.forward.values().flatten()).any(tls)
+    }
+
+    /// What each zone is made of.
+    pub fn zones(&self) -> Vec<zone::Config> {
+        let listen: Vec<IpAddr> = self.listen.iter().map(|at| at.ip()).collect();
+        self.zone.iter().map(|zone| zone.config(&listen)).collect()
+    }
+
+    /// Checks what parsing cannot see.
+    pub fn check(&self) -> Vec<Fault> {
+        let mut faults = Faults::default();
+        let mut listeners = BTreeMap::new();
+        for at in &self.listen {
+            faults.listener(at, "the resolver", &mut listeners);
+        }
+        self.check_prefixes(&mut faults);
+        for at in self.allow.iter().flatten() {
+            if at.net().prefix_len() == 0 {
+                faults.warn(
+                    at,
+                    format!("{} lets everyone ask: open resolvers are found and abused", at.value),
+                    "name the networks of nodes, mesh and VPN",
+                );
+            }
+        }
+        if self.upstreams.is_empty()
+            && let Some(at) = self.listen.first()
+        {
+            faults.warn(
+                at,
+                "there are no upstreams: only zones, hosts and forwarded domains get answers, all else SERVFAIL",
+                "write upstreams = [\"udp://192.0.2.53\"] with the resolvers of your provider",
+            );
+        }
+        for (domain, servers) in &self.forward {
+            if servers.is_empty() {
+                faults.error(
+                    domain,
+                    format!("\"{}\" is forwarded to nobody", domain.value),
+                    "name at least one server, or remove the key",
+                );
+            }
+        }
+        let own: BTreeSet<SocketAddr> = self.listen.iter().map(|at| at.value).collect();
+        for url in self.upstreams.iter().chain(self.forward.values().flatten()) {
+            if own.contains(&url.address()) {
+                faults.error(
+                    url,
+                    format!(
+                        "{} is edged itself: every question would go round in circles",
+                        url.address()
+                    ),
+                    "write another resolver",
+                );
+            }
+        }
+        for at in &self.exclude_a {
+            if v4(at.net()).is_none() {
+                faults.error(
+                    at,
+                    format!(
+                        "{} is no IPv4 network, and only IPv4 addresses are synthesised",
+                        at.value
+                    ),
+                    "for IPv6 networks: exclude_aaaa",
+                );
+            }
+        }
+        for at in self.exclude_aaaa.iter().flatten() {
+            if v6(at.net()).is_none() {
+                faults.error(
+                    at,
+                    format!("{} is no IPv6 network, so no AAAA record lies in it", at.value),
+                    "for IPv4 networks: exclude_a",
+                );
+            }
+        }
+        within(&mut faults, &self.cache_mib, 1..=1024, "MiB of cache");
+        if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
+            faults.error(
+                at,
+                "a certificate file needs an absolute path",
+                format!("write {DEFAULT_CA}"),
+            );
+        }
+        self.check_zones(&mut faults);
+        faults.sorted()
+    }
+
+    fn check_prefixes(&self, faults: &mut Faults) {
+        let mut seen: Vec<Pref64> = Vec::new();
+        for at in self.prefixes.iter().flatten() {
+            let overlaps =
+                |other: &&Pref64| at.contains(other.embed([0; 4].into())) || other.contains(at.embed([0; 4].into()));
+            if let Some(other) = seen.iter().find(overlaps) {
+                faults.error(
+                    at,
+                    format!("{} and {other} overlap: an address would mean two", at.value),
+                    "leave one of them out",
+                );
+            }
+            seen.push(at.value);
+        }
+    }
+
+    fn check_zones(&self, faults: &mut Faults) {
+        let mut names: Vec<&Name> = Vec::new();
+        let mut prefixes: Vec<(Ipv6Net, &Domain)> = Vec::new();
+        for zone in &self.zone {
+            let name = &zone.name;
+            if names
+                .iter()
+                .any(|other| other.zone_of(&name.0) || name.0.zone_of(other))
+            {
+                faults.error(
+                    name,
+                    format!("\"{}\" lies in another zone, or another one in it", name.value),
+                    "give each zone a name of its own",
+                );
+            }
+            if name.0.is_root() {
+                faults.error(name, "the root is no zone of nodes", "write name = \"fleet\"");
+            }
+            names.push(&name.0);
+            for at in &zone.prefixes {
+                let Some(net) = v6(at.net()) else {
+                    faults.error(
+                        at,
+                        format!("{} is no IPv6 network, and nodes register IPv6 addresses", at.value),
+                        "write the nodes' IPv6 prefix, such as \"fd0d::/64\"",
+                    );
+                    continue;
+                };
+                if !net.prefix_len().is_multiple_of(4) {
+                    faults.error(
+                        at,
+                        format!("{net} does not end at a digit, so it has no reverse zone of its own"),
+                        "write a length that is a multiple of 4",
+                    );
+                }
+                if let Some((other, owner)) = prefixes
+                    .iter()
+                    .find(|(other, _)| other.contains(&net) || net.contains(other))
+                {
+                    faults.error(
+                        at,
+                        format!("{net} overlaps {other} of zone \"{owner}\": their reverse zones would too"),
+                        "leave the shorter one out",
+                    );
+                }
+                prefixes.push((net, &zone.name));
+            }
+            if zone.prefixes.is_empty() {
+                faults.error(
+                    name,
+                    format!(
+                        "zone \"{}\" has no prefixes, so no node could have an address",
+                        name.value
+                    ),
+                    "write prefixes = [\"fd0d::/64\"] with the nodes' prefix",
+                );
+            }
+        }
+    }
+}
+
+impl Zone {
+    /// As the zone's core wants it. `listen` are the addresses of the resolver.
+    fn config(&self, listen: &[IpAddr]) -> zone::Config {
+        let prefixes: Vec<Ipv6Net> = self.prefixes.iter().filter_map(|at| v6(at.net())).collect();
+        let addresses = self.addresses.clone().unwrap_or_else(|| {
+            let own = listen.iter().filter(|address| match address {
+                IpAddr::V6(address) => prefixes.iter().any(|prefix| prefix.contains(address)),
+                IpAddr::V4(_) => false,
+            });
+            own.copied().collect()
+        });
+        let below = |name: &Name| {
+            name.clone()
+                .append_domain(&self.name.0)
+                .unwrap_or_else(|_| self.name.0.clone())
+        };
+        let label = |text: &str| self.name.0.prepend_label(text).unwrap_or_else(|_| self.name.0.clone());
+        let mut config = zone::Config::new(&self.name.0, prefixes);
+        if let Some(at) = &self.ttl {
+            config.ttl = u32::try_from(at.0.as_secs()).unwrap_or(u32::MAX);
+        }
+        if let Some(at) = &self.negative_ttl {
+            config.negative_ttl = u32::try_from(at.0.as_secs()).unwrap_or(u32::MAX);
+        }
+        let edge = self.edge.as_ref().map_or_else(|| label("edge"), |at| below(&at.0));
+        config.reserved.push(edge.clone());
+        for name in [edge, label("ns"), label("api")] {
+            // Who names them otherwise means it.
+            let own = |at: &At<Domain>| below(&at.0) == name;
+            if !self.hosts.keys().chain(self.aliases.keys()).any(own) {
+                config = config.with_addresses(&name, &addresses);
+            }
+        }
+        for (name, addresses) in &self.hosts {
+            config = config.with_addresses(&below(&name.0), addresses);
+        }
+        for (name, target) in &self.aliases {
+            let target = match &target.value {
+                Target::Below(target) => below(target),
+                Target::Anywhere(target) => target.clone(),
+            };
+            let record = Record::from_rdata(below(&name.0), config.ttl, RData::CNAME(CNAME(target)));
+            config.records.push(record);
+        }
+        config
+    }
+}
+
+fn within(
+    faults: &mut Faults,
+    at: &Option<At<impl Into<u64> + Copy>>,
+    range: std::ops::RangeInclusive<u64>,
+    what: &str,
+) {
+    let Some(at) = at else { return };
+    let value: u64 = at.value.into();
+    if !range.contains(&value) {
+        faults.error(
+            at,
+            format!("{value} {what} are out of range"),
+            format!("write {} to {}", range.start(), range.end()),
+        );
+    }
+}
+
+const fn v6(net: IpNet) -> Option<Ipv6Net> {
+    match net {
+        IpNet::V6(net) => Some(net),
+        IpNet::V4(_) => None,
+    }
+}
+
+const fn v4(net: IpNet) -> Option<Ipv4Net> {
+    match net {
+        IpNet::V4(net) => Some(net),
+        IpNet::V6(_) => None,
+    }
+}
+
+const fn fleet_name() -> &'static str {
+    "fleet"
+}
+
+fn fleet() -> At<Domain> {
+    At::unwritten(fleet_name().parse().unwrap_or_else(|_| Domain(Name::root())))
+}
+
+impl FromStr for Domain {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("\"{text}\" is no domain name; write one such as \"example.org\"");
+        let mut name = Name::from_ascii(text).map_err(|_| wrong())?.to_lowercase();
+        if text.is_empty() {
+            return Err(wrong());
+        }
+        name.set_fqdn(true);
+        Ok(Self(name))
+    }
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_ascii();
+        f.write_str(text.strip_suffix('.').filter(|text| !text.is_empty()).unwrap_or(&text))
+    }
+}
+
+impl<'de> Deserialize<'de> for Domain {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Target {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let Domain(name) = text.parse().map_err(de::Error::custom)?;
+        Ok(if text.ends_with('.') {
+            Self::Anywhere(name)
+        } else {
+            Self::Below(name)
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Pref64 {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+string_schema!(Domain, "Domain", "A domain name such as \"example.org\".", r"^[^\s]+$");
+string_schema!(
+    Target,
+    "Target",
+    "A name below the zone, or with a final dot anywhere.",
+    r"^[^\s]+$"
+);
+string_schema!(
+    Pref64,
+    "Pref64",
+    "A NAT64 prefix of 32, 40, 48, 56, 64 or 96 bits, such as \"64:ff9b::/96\".",
+    r"^[0-9a-fA-F:.]+/(32|40|48|56|64|96)$"
+);

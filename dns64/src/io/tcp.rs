@@ -1,0 +1,247 @@
+//! Queries over TCP: many on one connection, answered as soon as each is known (RFC 7766), within bounds (RFC 9210).
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::udp;
+use crate::{
+    front::{Front, Transport, Verdict},
+    query::{MOST_TCP, Terms},
+    status::Tcp as Counts,
+};
+
+/// Connections at a time, and of one source: an IPv4 address or an IPv6 /64.
+const MOST: usize = 512;
+const OF_A_SOURCE: usize = 64;
+/// A connection without a message is closed after this time.
+const IDLE: Duration = Duration::from_secs(15);
+/// For a message that has begun, and for a client to take its answers.
+const STEP: Duration = Duration::from_secs(5);
+/// Questions of one connection under way.
+const UNDER_WAY: usize = 64;
+
+/// A message by TCP that somebody waits to have answered.
+pub(super) struct Ask {
+    pub(super) message: Vec<u8>,
+    pub(super) client: SocketAddr,
+    pub(super) terms: Terms,
+    answers: mpsc::Sender<Reply>,
+    place: OwnedSemaphorePermit,
+}
+
+/// A whole message, and the place among those under way that it gives back when it is written.
+type Reply = (Vec<u8>, OwnedSemaphorePermit);
+
+impl Ask {
+    /// Sends a whole message; an empty one is none.
+    pub(super) async fn reply(self, octets: Vec<u8>) {
+        if !octets.is_empty() {
+            // Who asked may have gone.
+            let _ = self.answers.send((octets, self.place)).await;
+        }
+    }
+}
+
+/// What the listeners share.
+pub(super) struct Shared {
+    front: Arc<ArcSwap<Front>>,
+    work: mpsc::Sender<Ask>,
+    sources: Mutex<HashMap<IpAddr, usize>>,
+    accepted: AtomicU64,
+    turned_away: AtomicU64,
+    received: AtomicU64,
+    denied: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn new(front: Arc<ArcSwap<Front>>, work: mpsc::Sender<Ask>) -> Arc<Self> {
+        Arc::new(Self {
+            front,
+            work,
+            sources: Mutex::default(),
+            accepted: AtomicU64::new(0),
+            turned_away: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn counts(&self) -> Counts {
+        let open: usize = self
+            .sources
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .sum();
+        Counts {
+            open: open as u64,
+            accepted: self.accepted.load(Relaxed),
+            turned_away: self.turned_away.load(Relaxed),
+            received: self.received.load(Relaxed),
+            denied: self.denied.load(Relaxed),
+        }
+    }
+
+    /// A place for one more connection; dropping it gives it back.
+    fn place(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
+        let source = source(client);
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if sources.values().sum::<usize>() >= MOST {
+            return None;
+        }
+        let count = sources.entry(source).or_default();
+        if *count >= OF_A_SOURCE {
+            return None;
+        }
+        *count += 1;
+        Some(Place {
+            shared: Arc::clone(self),
+            source,
+        })
+    }
+}
+
+struct Place {
+    shared: Arc<Shared>,
+    source: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut sources = self.shared.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = sources.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                sources.remove(&self.source);
+            }
+        }
+    }
+}
+
+/// Accepts until `stop`; connections that are open then end with their next silence.
+pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        let (stream, client) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors: the listener stays readable, so wait instead of spinning.
+                tracing::warn!(%error, "a DNS connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Some(place) = shared.place(client.ip()) else {
+            shared.turned_away.fetch_add(1, Relaxed);
+            continue;
+        };
+        shared.accepted.fetch_add(1, Relaxed);
+        let (shared, stop) = (Arc::clone(&shared), stop.clone());
+        tokio::spawn(async move {
+            // How it ends is the client's business.
+            let _ = connection(stream, client, shared, stop).await;
+            drop(place);
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    client: SocketAddr,
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    // Answers are whole messages: none waits for another.
+    stream.set_nodelay(true)?;
+    let (mut from, mut to) = stream.into_split();
+    let (answers, mut ready) = mpsc::channel::<Reply>(UNDER_WAY);
+    let under_way = Arc::new(Semaphore::new(UNDER_WAY));
+    let writing = tokio::spawn(async move {
+        while let Some((answer, _place)) = ready.recv().await {
+            let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+            // One write, so that the length does not travel alone.
+            let mut octets = Vec::with_capacity(answer.len() + 2);
+            octets.extend(length.to_be_bytes());
+            octets.extend(answer);
+            let written = timeout(STEP, to.write_all(&octets)).await;
+            if !matches!(written, Ok(Ok(()))) {
+                return;
+            }
+        }
+    });
+    let mut out = vec![0; MOST_TCP];
+    loop {
+        let length = tokio::select! {
+            length = timeout(IDLE, from.read_u16()) => length??,
+            () = stop.cancelled() => break,
+        };
+        let mut message = vec![0; usize::from(length)];
+        timeout(STEP, from.read_exact(&mut message)).await??;
+        shared.received.fetch_add(1, Relaxed);
+        let Ok(place) = Arc::clone(&under_way).acquire_owned().await else {
+            break;
+        };
+        let front = shared.front.load();
+        let turn = front.turn(udp::now(), udp::wall());
+        let allowed = front.access.allows(client.ip());
+        match front.look(&turn, Transport::Tcp, &message, client.ip(), &mut out) {
+            Verdict::Reply { length, .. } => {
+                let octets = out.get(..length).unwrap_or_default().to_vec();
+                if answers.send((octets, place)).await.is_err() {
+                    break;
+                }
+            }
+            Verdict::Ask(terms) => {
+                let ask = Ask {
+                    message,
+                    client,
+                    terms,
+                    answers: answers.clone(),
+                    place,
+                };
+                if shared.work.send(ask).await.is_err() {
+                    break;
+                }
+            }
+            // A stranger, or one that talks something else: it has no business here.
+            Verdict::Silence(_) => break,
+        }
+        if !allowed {
+            shared.denied.fetch_add(1, Relaxed);
+            break;
+        }
+    }
+    drop(answers);
+    let _ = timeout(STEP, writing).await;
+    Ok(())
+}
+
+/// What counts as one source.
+fn source(client: IpAddr) -> IpAddr {
+    match client.to_canonical() {
+        IpAddr::V4(v4) => v4.into(),
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+    }
+}
