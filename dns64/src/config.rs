@@ -4,7 +4,7 @@
 //! would make an edge that is open to the world.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -29,6 +29,9 @@ use crate::{
 
 /// Where the roots of TLS upstreams come from unless `ca_file` says otherwise.
 pub const DEFAULT_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+const DAY: Duration = Duration::from_secs(86_400);
+const WEEK: Duration = Duration::from_secs(7 * 86_400);
 
 /// DNS for nodes without IPv4: a resolver that makes AAAA records of A records, and the zone that nodes register in.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -87,8 +90,8 @@ pub struct Config {
     pub max_negative_ttl: Option<At<Span>>,
     /// Answers per second to one network (IPv6 /56, IPv4 /24) that has no cookie; above it every second answer asks to come
     /// by TCP, the others are not given.
-    #[serde(default)]
-    pub rate_limit: RateLimit,
+    #[serde(default = "usual_rate")]
+    pub rate_limit: At<RateLimit>,
     /// Certificates (PEM) that TLS upstreams are verified with. Default: "/etc/ssl/certs/ca-certificates.crt".
     #[serde(default)]
     pub ca_file: Option<At<PathBuf>>,
@@ -240,7 +243,6 @@ impl Config {
 
     /// How long past its TTL an answer may be given.
     pub fn stale(&self) -> Duration {
-        const DAY: Duration = Duration::from_secs(86_400);
         self.stale.as_ref().map_or(DAY, |at| at.0.unwrap_or_default())
     }
 
@@ -317,9 +319,14 @@ impl Config {
                 );
             }
         }
-        let own: BTreeSet<SocketAddr> = self.listen.iter().map(|at| at.value).collect();
+        let is_own = |address: SocketAddr| {
+            let all = |own: IpAddr| own.is_unspecified() && address.ip().is_loopback();
+            let same =
+                |own: &At<SocketAddr>| own.port() == address.port() && (own.ip() == address.ip() || all(own.ip()));
+            self.listen.iter().any(same)
+        };
         for url in self.upstreams.iter().chain(self.forward.values().flatten()) {
-            if own.contains(&url.address()) {
+            if is_own(url.address()) {
                 faults.error(
                     url,
                     format!(
@@ -352,6 +359,15 @@ impl Config {
             }
         }
         within(&mut faults, &self.cache_mib, 1..=1024, "MiB of cache");
+        lasts(&mut faults, &self.max_ttl, WEEK);
+        lasts(&mut faults, &self.max_negative_ttl, DAY);
+        if !(1..=60).contains(&self.rate_limit.burst) {
+            faults.error(
+                &self.rate_limit,
+                format!("a burst of {} seconds is out of range", self.rate_limit.burst),
+                "write burst = 1 to 60",
+            );
+        }
         if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
             faults.error(
                 at,
@@ -397,6 +413,9 @@ impl Config {
             if name.0.is_root() {
                 faults.error(name, "the root is no zone of nodes", "write name = \"fleet\"");
             }
+            lasts(faults, &zone.ttl, WEEK);
+            lasts(faults, &zone.negative_ttl, DAY);
+            zone.check_names(faults);
             names.push(&name.0);
             for at in &zone.prefixes {
                 let Some(net) = v6(at.net()) else {
@@ -441,6 +460,46 @@ impl Config {
 }
 
 impl Zone {
+    /// Checks the names that are the edge's.
+    fn check_names(&self, faults: &mut Faults) {
+        let keys = || self.hosts.keys().chain(self.aliases.keys());
+        for at in keys().chain(&self.edge) {
+            if at.0.clone().append_domain(&self.name.0).is_err() {
+                faults.error(
+                    at,
+                    format!(
+                        "\"{}\" is too long for a name in zone \"{}\"",
+                        at.value, self.name.value
+                    ),
+                    "write a shorter one",
+                );
+            }
+        }
+        let empty = |at: &&At<Domain>| at.0.is_root();
+        for at in keys().filter(empty) {
+            faults.error(
+                at,
+                "the zone's own name has the records that the edge gives it",
+                "write a name below it",
+            );
+        }
+        // What the core has to say of prefixes and of the zone's own name is said above.
+        let Err(error) = zone::Zone::new(&self.config(&[]), zone::State::default()) else {
+            return;
+        };
+        let (zone::ConfigError::Alias(name) | zone::ConfigError::Kind { name, .. }) = &error else {
+            return;
+        };
+        let own = |at: &&At<Domain>| at.0.clone().append_domain(&self.name.0).is_ok_and(|own| own == *name);
+        // Of the two that do not go together, the one that is written last.
+        let at = keys().filter(own).max_by_key(|at| at.span.start);
+        faults.error(
+            at.unwrap_or(&self.name),
+            error.to_string(),
+            "give each name either addresses or one alias",
+        );
+    }
+
     /// As the zone's core wants it. `listen` are the addresses of the resolver.
     fn config(&self, listen: &[IpAddr]) -> zone::Config {
         let prefixes: Vec<Ipv6Net> = self.prefixes.iter().filter_map(|at| v6(at.net())).collect();
@@ -505,6 +564,18 @@ fn within(
     }
 }
 
+/// Whole seconds, and not so many that nobody remembers why.
+fn lasts(faults: &mut Faults, at: &Option<At<Span>>, most: Duration) {
+    let Some(at) = at else { return };
+    if !(Duration::from_secs(1)..=most).contains(&at.0) {
+        faults.error(
+            at,
+            format!("{} is out of range", humantime::format_duration(at.0)),
+            format!("write 1s to {}", humantime::format_duration(most)),
+        );
+    }
+}
+
 const fn v6(net: IpNet) -> Option<Ipv6Net> {
     match net {
         IpNet::V6(net) => Some(net),
@@ -517,6 +588,10 @@ const fn v4(net: IpNet) -> Option<Ipv4Net> {
         IpNet::V4(net) => Some(net),
         IpNet::V6(_) => None,
     }
+}
+
+fn usual_rate() -> At<RateLimit> {
+    At::unwritten(RateLimit::default())
 }
 
 const fn fleet_name() -> &'static str {
@@ -584,3 +659,414 @@ string_schema!(
     "A NAT64 prefix of 32, 40, 48, 56, 64 or 96 bits, such as \"64:ff9b::/96\".",
     r"^[0-9a-fA-F:.]+/(32|40|48|56|64|96)$"
 );
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::rr::RecordType;
+
+    use super::*;
+    use crate::{question::Question, testing::name};
+
+    /// What the issue that asked for all this shows.
+    const EXAMPLE: &str = r#"
+listen = ["[fd0d::1]:53", "[::1]:53"]
+prefixes = ["64:ff9b::/96"]
+allow = ["fd0d::/64"]
+upstreams = ["udp://192.0.2.53", "tls://192.0.2.54#dns.example.org"]
+forward = { "cluster.local" = ["udp://[fd00:10:96::a]"] }
+[[zone]]
+name = "fleet"
+prefixes = ["fd0d::/64"]
+"#;
+    const GOOD: &str = "listen = [\"[::1]:53\"]\nupstreams = [\"udp://192.0.2.53\"]\n";
+
+    #[test]
+    fn the_example_is_without_fault_and_means_what_it_says() {
+        let config = parse(EXAMPLE);
+        assert_eq!(config.check(), []);
+        assert!(config.uses_tls());
+        let allowed: Vec<String> = config.allowed().iter().map(ToString::to_string).collect();
+        assert_eq!(allowed, ["fd0d::/64"], "and nobody else, not even this machine");
+        let rules = config.rules();
+        let prefixes: Vec<Pref64> = rules.mappings.iter().map(|mapping| mapping.prefix).collect();
+        assert_eq!(prefixes, [Pref64::WELL_KNOWN]);
+        let forward: Vec<String> = config.forward.keys().map(|at| at.value.to_string()).collect();
+        assert_eq!(forward, ["cluster.local"]);
+        let needs = crate::needs(&config, 2);
+        let shown: Vec<String> = needs
+            .iter()
+            .map(|need| format!("{} {}", need.key, &EXAMPLE[need.span.clone()]))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "dns64.listen \"[fd0d::1]:53\"",
+                "dns64.listen \"[fd0d::1]:53\"",
+                "dns64.listen \"[::1]:53\"",
+                "dns64.listen \"[::1]:53\"",
+                "dns64.ca_file ",
+            ]
+        );
+        assert!(matches!(needs[0].what, settings::What::Datagrams { copies: 2, .. }));
+        assert_eq!(needs[4].what, settings::What::File(DEFAULT_CA.into()));
+    }
+
+    #[test]
+    fn of_the_example_the_zone_has_the_edge_ns_and_api_at_the_listener_within_its_prefix() {
+        let config = parse(EXAMPLE).zones().remove(0);
+        let zone = zone::Zone::new(&config, zone::State::default()).expect("a zone");
+        for owner in ["edge.fleet", "ns.fleet", "api.fleet"] {
+            let answer = zone.answer(&name(owner), RecordType::AAAA).expect("its name");
+            let data: Vec<String> = answer.answers.iter().map(|record| record.data.to_string()).collect();
+            assert_eq!(data, ["fd0d::1"], "{owner}");
+            assert_eq!(answer.answers[0].ttl, 1800);
+            assert!(zone.may_be_node(&name(owner)).is_err());
+        }
+        let reverse = Name::from("fd0d::1".parse::<std::net::Ipv6Addr>().expect("an address"));
+        let answer = zone.answer(&reverse, RecordType::PTR).expect("its name");
+        assert_eq!(answer.answers[0].data.to_string(), "edge.fleet.");
+        assert_eq!(config.negative_ttl, 60);
+    }
+
+    #[test]
+    fn what_is_not_written_has_the_documented_default() {
+        let config = parse("listen = []");
+        assert_eq!(config.rules().mappings.len(), 1);
+        assert_eq!(
+            config.rules().exclude_aaaa,
+            ["::ffff:0:0/96".parse().expect("a network")]
+        );
+        assert!(config.rules().despite_failure && config.rules().exclude_names.is_empty());
+        let allowed: Vec<String> = config.allowed().iter().map(ToString::to_string).collect();
+        assert_eq!(allowed, ["127.0.0.0/8", "::1/128"]);
+        assert_eq!(config.stale(), DAY);
+        assert_eq!(config.cache(), 32 << 20);
+        assert_eq!(config.lifetimes(), crate::packed::Lifetimes::default());
+        assert_eq!(config.form(), Form::Ptr);
+        assert_eq!(
+            config.rate_limit.value,
+            RateLimit {
+                same: 1000,
+                all: 20_000,
+                burst: 5
+            }
+        );
+        assert!(!config.uses_tls() && config.zones().is_empty() && crate::needs(&config, 4).is_empty());
+        let zone = parse("listen = []\n[[zone]]\nprefixes = [\"fd0d::/64\", \"fd0e::/64\"]");
+        assert_eq!(zone.zone[0].name.to_string(), "fleet");
+        let allowed: Vec<String> = zone.allowed().iter().map(ToString::to_string).collect();
+        assert_eq!(allowed, ["127.0.0.0/8", "::1/128", "fd0d::/64", "fd0e::/64"]);
+    }
+
+    #[test]
+    fn every_rule_reaches_the_core() {
+        let config = parse(
+            r#"
+listen = []
+prefixes = ["64:ff9b::/96", "2001:db8:64::/48"]
+exclude_aaaa = ["2001:db8:bad::/48"]
+exclude_a = ["198.51.100.0/24", "203.0.113.7"]
+exclude_names = ["Raw.Example.ORG"]
+ignore_aaaa = ["old.example.org"]
+on_aaaa_failure = "fail"
+reverse = "cname"
+stale = "none"
+cache_mib = 64
+max_ttl = "10m"
+max_negative_ttl = "30s"
+rate_limit = { same = 7, all = 0 }
+ca_file = "/etc/ca.pem"
+"#,
+        );
+        assert!(config.check().iter().all(|fault| fault.warning));
+        let rules = config.rules();
+        assert_eq!(rules.exclude_aaaa, ["2001:db8:bad::/48".parse().expect("a network")]);
+        for mapping in &rules.mappings {
+            assert!(mapping.has("8.8.8.8".parse().expect("an address")));
+            assert!(!mapping.has("198.51.100.9".parse().expect("an address")));
+            assert!(!mapping.has("203.0.113.7".parse().expect("an address")));
+        }
+        let asked = |owner: &str| Question::new(&name(owner), RecordType::AAAA);
+        assert!(rules.synthesis(&asked("x.raw.example.org")).is_none());
+        assert!(rules.synthesis(&asked("example.org")).is_some());
+        assert_eq!(rules.ignore_aaaa, [name("old.example.org")]);
+        assert!(!rules.despite_failure);
+        assert_eq!(config.form(), Form::Cname);
+        assert_eq!(config.stale(), Duration::ZERO);
+        assert_eq!(config.cache(), 64 << 20);
+        let lifetimes = config.lifetimes();
+        assert_eq!((lifetimes.longest, lifetimes.longest_negative), (600, 30));
+        let limit = Limit::from(config.rate_limit.value);
+        assert_eq!((limit.same, limit.all, limit.burst), (7, 0, 5));
+        assert_eq!(config.ca_file().value, PathBuf::from("/etc/ca.pem"));
+        assert!(parse("listen = []\nprefixes = []").rules().mappings.is_empty());
+        assert!(parse("listen = []\nexclude_aaaa = []").rules().exclude_aaaa.is_empty());
+    }
+
+    #[test]
+    fn names_of_a_zone_lie_below_it_and_an_alias_may_lead_anywhere() {
+        let config = parse(
+            r#"
+listen = ["[fd0d::1]:53"]
+[[zone]]
+name = "Fleet.Example.ORG"
+prefixes = ["fd0d::/64"]
+edge = "gate"
+addresses = ["fd0d::5", "192.0.2.5"]
+ttl = "1m"
+negative_ttl = "5s"
+hosts = { "nas" = ["fd0d::6"], "api" = ["fd0d::7"] }
+aliases = { "www" = "nas", "out" = "www.example.net." }
+"#,
+        );
+        assert_eq!(config.check().iter().filter(|fault| !fault.warning).count(), 0);
+        let config = config.zones().remove(0);
+        assert_eq!((config.ttl, config.negative_ttl), (60, 5));
+        let mut records: Vec<String> = config
+            .records
+            .iter()
+            .map(|record| format!("{} {} {}", record.name, record.ttl, record.data))
+            .collect();
+        records.sort();
+        assert_eq!(
+            records,
+            [
+                "api.fleet.example.org. 60 fd0d::7",
+                "gate.fleet.example.org. 60 192.0.2.5",
+                "gate.fleet.example.org. 60 fd0d::5",
+                "nas.fleet.example.org. 60 fd0d::6",
+                "ns.fleet.example.org. 60 192.0.2.5",
+                "ns.fleet.example.org. 60 fd0d::5",
+                "out.fleet.example.org. 60 www.example.net.",
+                "www.fleet.example.org. 60 nas.fleet.example.org.",
+            ]
+        );
+    }
+
+    #[test]
+    fn keys_of_tables_know_their_places_and_differ_in_nothing_but_their_value() {
+        let text =
+            "listen = []\n[hosts]\n\"b.example\" = [\"192.0.2.1\"]\n\"A.example\" = [\"192.0.2.2\", \"2001:db8::1\"]";
+        let config = parse(text);
+        let hosts: Vec<(String, &str)> = config
+            .hosts
+            .keys()
+            .map(|at| (at.value.to_string(), &text[at.span.clone()]))
+            .collect();
+        assert_eq!(
+            hosts,
+            [
+                ("a.example".to_owned(), "\"A.example\""),
+                ("b.example".to_owned(), "\"b.example\"")
+            ]
+        );
+        let first = config.hosts.values().next().expect("the first");
+        assert_eq!(first.len(), 2);
+        let wanted = At::unwritten("B.EXAMPLE".parse::<Domain>().expect("a name"));
+        assert!(config.hosts.contains_key(&wanted));
+    }
+
+    #[test]
+    fn every_fault_says_where_it_is_and_what_to_write() {
+        let zone = |text: &str| format!("[[zone]]\nprefixes = [\"fd0d::/64\"]\n{text}");
+        for (text, place, says) in [
+            (
+                "prefixes = [\"64:ff9b::/96\", \"64:ff9b::/64\"]",
+                "\"64:ff9b::/64\"",
+                "overlap",
+            ),
+            (
+                "prefixes = [\"64:ff9b::/96\", \"64:ff9b::/96\"]",
+                "\"64:ff9b::/96\"",
+                "overlap",
+            ),
+            ("allow = [\"::/0\"]", "\"::/0\"", "warning: ::/0 lets everyone ask"),
+            (
+                "forward = { \"a.example\" = [] }",
+                "\"a.example\"",
+                "forwarded to nobody",
+            ),
+            (
+                "forward = { \"a.example\" = [\"udp://[::1]\"] }",
+                "\"udp://[::1]\"",
+                "round in circles",
+            ),
+            ("exclude_a = [\"fd0d::/64\"]", "\"fd0d::/64\"", "no IPv4 network"),
+            (
+                "exclude_aaaa = [\"192.0.2.0/24\"]",
+                "\"192.0.2.0/24\"",
+                "no IPv6 network",
+            ),
+            ("cache_mib = 0", "0", "0 MiB of cache are out of range"),
+            ("cache_mib = 4097", "4097", "4097 MiB of cache are out of range"),
+            ("max_ttl = \"8d\"", "\"8d\"", "out of range"),
+            ("max_ttl = \"500ms\"", "\"500ms\"", "out of range"),
+            ("max_negative_ttl = \"2d\"", "\"2d\"", "out of range"),
+            ("ca_file = \"ca.pem\"", "\"ca.pem\"", "absolute path"),
+            ("rate_limit = { burst = 0 }", "{ burst = 0 }", "burst of 0 seconds"),
+            ("rate_limit = { burst = 61 }", "{ burst = 61 }", "burst of 61 seconds"),
+            (
+                "[[zone]]\nname = \".\"\nprefixes = [\"fd0d::/64\"]",
+                "\".\"",
+                "the root is no zone",
+            ),
+            (
+                "[[zone]]\nname = \"bare\"\nprefixes = []",
+                "\"bare\"",
+                "has no prefixes",
+            ),
+            (
+                "[[zone]]\nname = \"a\"\nprefixes = [\"192.0.2.0/24\"]",
+                "\"192.0.2.0/24\"",
+                "no IPv6 network",
+            ),
+            (
+                "[[zone]]\nname = \"a\"\nprefixes = [\"fd0d::/63\"]",
+                "\"fd0d::/63\"",
+                "does not end at a digit",
+            ),
+            (
+                "[[zone]]\nname = \"a\"\nprefixes = [\"fd0d::/64\", \"fd0d::/60\"]",
+                "\"fd0d::/60\"",
+                "overlaps fd0d::/64 of zone \"a\"",
+            ),
+            (
+                "[[zone]]\nname = \"a\"\nprefixes = [\"fd0d::/64\"]\n[[zone]]\nname = \"b.a\"\nprefixes = [\"fd0e::/64\"]",
+                "\"b.a\"",
+                "lies in another zone",
+            ),
+            (&zone("ttl = \"100y\""), "\"100y\"", "out of range"),
+            (&zone("negative_ttl = \"0s\""), "\"0s\"", "out of range"),
+            (
+                &zone("hosts = { \"a\" = [\"fd0d::2\"] }\naliases = { \"a\" = \"edge\" }"),
+                "\"a\"",
+                "an alias stands alone",
+            ),
+            (
+                &zone("hosts = { \".\" = [\"fd0d::2\"] }"),
+                "\".\"",
+                "the zone's own name has the records",
+            ),
+            (
+                &zone("hosts = { \"*\" = [\"fd0d::2\"] }"),
+                "\"*\"",
+                "cannot have a static AAAA",
+            ),
+        ] {
+            let text = format!("{GOOD}{text}");
+            let faults = parse(&text).check();
+            let [fault] = faults.as_slice() else {
+                panic!("{text}: {faults:?}")
+            };
+            let message = if fault.warning {
+                format!("warning: {}", fault.message)
+            } else {
+                fault.message.clone()
+            };
+            assert!(message.contains(says), "{text}: {message}");
+            assert_eq!(&text[fault.span.clone()], place, "{text}");
+            assert!(!fault.help.is_empty());
+            assert_eq!(fault.warning, says.starts_with("warning"), "{text}");
+        }
+        let long = "a.".repeat(126);
+        let text = format!("{GOOD}{}", zone(&format!("hosts = {{ \"{long}\" = [\"fd0d::2\"] }}")));
+        let faults = parse(&text).check();
+        assert!(
+            faults.iter().any(|fault| fault.message.contains("too long")),
+            "{faults:?}"
+        );
+    }
+
+    #[test]
+    fn listeners_are_checked_and_none_is_its_own_upstream() {
+        let faults = |text: &str| -> Vec<String> {
+            let faults = parse(text).check();
+            faults
+                .into_iter()
+                .map(|fault| format!("{} {}", &text[fault.span], fault.message))
+                .collect()
+        };
+        let up = "upstreams = [\"udp://192.0.2.53\"]";
+        for (listen, says) in [
+            ("\"[::1]:0\"", "\"[::1]:0\" port 0"),
+            ("\"[::ffff:192.0.2.1]:53\"", "in IPv6 clothes"),
+            ("\"[::1]:53\", \"[::1]:53\"", "already the listener"),
+        ] {
+            let found = faults(&format!("listen = [{listen}]\n{up}"));
+            assert!(found.len() == 1 && found[0].contains(says), "{found:?}");
+        }
+        let found = faults("listen = [\"[::1]:53\"]");
+        assert!(found.len() == 1 && found[0].contains("no upstreams"), "{found:?}");
+        for (listen, upstream, own) in [
+            ("[::1]:53", "udp://[::1]", true),
+            ("[::1]:53", "udp://[::1]:5353", false),
+            ("[::]:53", "tcp://127.0.0.1", true),
+            ("0.0.0.0:53", "udp://127.0.0.1", true),
+            ("127.0.0.1:853", "tls://127.0.0.1#dns.example", true),
+            ("127.0.0.1:53", "tls://127.0.0.1#dns.example", false),
+        ] {
+            let found = faults(&format!("listen = [\"{listen}\"]\nupstreams = [\"{upstream}\"]"));
+            assert_eq!(!found.is_empty(), own, "{listen} {upstream}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn what_has_no_form_is_refused_where_it_stands() {
+        for (text, place) in [
+            ("listen = [\"somewhere\"]", "\"somewhere\""),
+            ("listen = []\nprefixes = [\"64:ff9b::/95\"]", "\"64:ff9b::/95\""),
+            ("listen = []\nupstreams = [\"192.0.2.53\"]", "\"192.0.2.53\""),
+            ("listen = []\nallow = [\"all\"]", "\"all\""),
+            ("listen = []\nforward = { \"a..b\" = [] }", "\"a..b\""),
+            ("listen = []\nexclude_names = [\"\"]", "\"\""),
+            ("listen = []\nmax_ttl = \"soon\"", "\"soon\""),
+            ("listen = []\nunknown = 1", "unknown"),
+            ("listen = []\nrate_limit = { sme = 1 }", "sme"),
+            ("listen = []\n[[zone]]\nprefix = []", "prefix"),
+        ] {
+            let error = toml::from_str::<Config>(text).expect_err(text);
+            let span = error.span().expect("a place");
+            assert!(text[span].contains(place), "{error}");
+        }
+        assert!(toml::from_str::<Config>("prefixes = []").is_err(), "listen is missing");
+        let label = "a".repeat(64);
+        for bad in ["", "a..b", label.as_str(), &"a.".repeat(128)] {
+            assert!(bad.parse::<Domain>().is_err(), "{bad}");
+        }
+        assert_eq!(
+            "Example.ORG.".parse::<Domain>().expect("a name").to_string(),
+            "example.org"
+        );
+        assert_eq!(".".parse::<Domain>().expect("the root").to_string(), ".");
+    }
+
+    #[test]
+    fn the_schema_has_every_key_with_its_explanation() {
+        let schema = serde_json::to_value(schemars::schema_for!(Config)).expect("JSON");
+        let properties = schema["properties"].as_object().expect("keys");
+        for key in [
+            "listen",
+            "prefixes",
+            "forward",
+            "hosts",
+            "zone",
+            "rate_limit",
+            "stale",
+            "ca_file",
+        ] {
+            let property = &properties[key];
+            assert!(
+                property["description"].as_str().is_some_and(|text| text.len() > 20),
+                "{key}: {property}"
+            );
+        }
+        assert_eq!(schema["required"], serde_json::json!(["listen"]));
+        assert_eq!(schema["additionalProperties"], serde_json::json!(false));
+        let text = schema.to_string();
+        assert!(text.contains("(32|40|48|56|64|96)"), "the form of a prefix");
+    }
+
+    fn parse(text: &str) -> Config {
+        toml::from_str(text).expect(text)
+    }
+}

@@ -46,13 +46,6 @@ const CONTROL: usize = 40;
 const IDLE: Duration = Duration::from_millis(50);
 /// How long a full send buffer may hold a thread up.
 const PATIENCE: Duration = Duration::from_millis(50);
-/// A wakeup costs as much as an answer. Under load a thread lets datagrams gather for this long, to which the kernel's timer
-/// slack of 50 µs comes, before it looks again, and is not woken by each.
-const GATHER: Duration = Duration::from_micros(200);
-/// Datagrams that make it worth while, on average, and that make it superfluous.
-const WORTH: std::ops::Range<usize> = 2..32;
-/// Turns without, after it was not.
-const EAGER: u32 = 64;
 /// Octets that the kernel should hold for us, if its limit allows.
 const BACKLOG: usize = 4 << 20;
 
@@ -327,35 +320,6 @@ fn set_option(socket: &UdpSocket, level: libc::c_int, name: libc::c_int, value: 
     }
 }
 
-/// Whether to let datagrams gather, judged by what came of it lately. Who asks one question after the other is hardly ever
-/// kept waiting.
-#[derive(Debug, Default)]
-struct Gathering {
-    gathered: bool,
-    /// Datagrams that came after gathering: a moving average in 256ths; 0 before the first time.
-    average: usize,
-    eager: u32,
-}
-
-impl Gathering {
-    /// `count` datagrams came this time.
-    const fn is_worth_while(&mut self, count: usize) -> bool {
-        if self.gathered {
-            self.average = if self.average == 0 {
-                256 * (count + WORTH.start) / 2
-            } else {
-                self.average * 7 / 8 + count * 32
-            };
-            if self.average < 256 * WORTH.start {
-                (self.eager, self.average) = (EAGER, 0);
-            }
-        }
-        self.gathered = self.eager == 0 && count < WORTH.end;
-        self.eager = self.eager.saturating_sub(1);
-        self.gathered
-    }
-}
-
 /// One thread.
 struct Server {
     socket: Arc<UdpSocket>,
@@ -367,15 +331,9 @@ impl Server {
     fn run(self) {
         let mut batch = Batch::new();
         let mut counts = Counts::default();
-        let mut gathering = Gathering::default();
         while !self.shared.stop.load(Relaxed) {
             match batch.receive(&self.socket) {
-                Ok(count) => {
-                    self.turn(&mut batch, count, &mut counts);
-                    if gathering.is_worth_while(count) {
-                        std::thread::sleep(GATHER);
-                    }
-                }
+                Ok(count) => self.turn(&mut batch, count, &mut counts),
                 Err(error) => self.wait(&error),
             }
             if let Some(counters) = self.shared.counters.get(self.index) {
@@ -857,16 +815,6 @@ mod tests {
         let counts = counts_when(&threads, |counts| counts.hits == 1);
         assert_eq!((counts.misses, counts.dropped, counts.ignored), (3, 2, 1));
         threads.stop();
-    }
-
-    #[test]
-    fn datagrams_gather_only_where_several_come_at_once() {
-        let mut gathering = Gathering::default();
-        let mut times = |count| (0..1_000).filter(|_| gathering.is_worth_while(count)).count();
-        assert!(times(1) <= 1_000 / 64 + 1, "one after the other");
-        assert!(times(8) > 900, "several");
-        assert!(times(64) == 0, "as many as there is room for");
-        assert!(times(1) <= 40, "it takes a few turns to see that they have gone");
     }
 
     #[test]

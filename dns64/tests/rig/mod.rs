@@ -416,9 +416,10 @@ impl Dns {
 impl Drop for Dns {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            let stop = Command::Stop { grace: SOON };
-            let ended = self.commands.blocking_send(stop).is_err() || thread.join().is_err();
-            assert!(!ended || thread::panicking(), "the service has panicked");
+            // It may have ended already.
+            let _ = self.commands.blocking_send(Command::Stop { grace: SOON });
+            let panicked = thread.join().is_err();
+            assert!(!panicked || thread::panicking(), "the service has panicked");
         }
     }
 }

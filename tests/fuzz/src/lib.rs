@@ -5,6 +5,9 @@
 
 pub mod channel;
 pub mod config;
+pub mod dns_query;
+pub mod dns_reply;
+pub mod dns_update;
 pub mod proxy_parse;
 pub mod snapshot;
 pub mod sni;
