@@ -163,6 +163,11 @@ impl Key {
         Ok(Self(file))
     }
 
+    /// A key in a file.
+    pub fn at(file: &Path) -> Self {
+        Self(file.to_owned())
+    }
+
     /// Its file.
     pub fn file(&self) -> &Path {
         &self.0
@@ -259,7 +264,9 @@ impl Named {
             let file = folder.join(format!("{name}.zone"));
             fs::write(
                 &file,
-                format!("$TTL 300\n@ SOA ns.{name}. admin.{name}. 1 3600 600 86400 60\n@ NS ns.{name}.\n{records}\n"),
+                format!(
+                    "$TTL 300\n@ SOA ns.invalid. admin.invalid. 1 3600 600 86400 60\n@ NS ns.invalid.\n{records}\n"
+                ),
             )?;
             config += &format!(
                 "zone \"{name}\" {{ type primary; file \"{}\"; {lines} }};\n",

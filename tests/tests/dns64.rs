@@ -156,11 +156,14 @@ fn who_checks_signatures_gets_what_was_signed_and_nobody_is_told_ad() -> Result<
         said.contains("; fully validated") && said.contains("2001:db8::6"),
         "{said}"
     );
-    let said = validate(&["v4.example.org", "AAAA"])?;
+    let said = validate(&["+cdflag", "v4.example.org", "AAAA"])?;
     assert!(said.contains("; negative response, fully validated"), "{said}");
-    // Who does not validate sees the synthesised address, from an answer that claims nothing.
-    let said = validate(&["-i", "v4.example.org", "AAAA", "+nodnssec", "+nocdflag"])?;
-    assert!(said.contains(MAPPED) || said.contains("negative response"), "{said}");
+    // Whoever validates without saying so gets what nobody signed, and notices (RFC 6147 §5.5, §6.2).
+    let said = validate(&["v4.example.org", "AAAA"])?;
+    assert!(said.contains("insecurity proof failed"), "{said}");
+    // Who does not validate sees the synthesised address, in an answer that claims nothing.
+    let said = validate(&["-i", "v4.example.org", "AAAA"])?;
+    assert!(said.contains(MAPPED) && !said.contains("fully validated"), "{said}");
     Ok(())
 }
 
