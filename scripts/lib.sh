@@ -11,6 +11,7 @@ packages=(
   iproute2 netbase nftables procps strace tcpdump util-linux  # the lab: namespaces, faults (by protocol name), captures
   mmdebstrap openssh-client systemd-container               # nodes: Debian under systemd-nspawn, reached over SSH
   etcd-client etcd-server                                   # the demo's Kubernetes-like world
+  bind9 bind9-dnsutils unbound                              # name servers behind the resolver, dig and nsupdate before it
   haproxy libnginx-mod-stream nginx                         # peers, measured and compared beside us
   shellcheck systemd                                        # the checks of the scripts and of the unit
 )
@@ -18,7 +19,7 @@ packages=(
 # The commands of those packages that the scripts and the tests call.
 tools=(
   cc g++ ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx shellcheck
-  systemd-analyze
+  systemd-analyze dig delv nsupdate named unbound
 )
 
 die() {
@@ -74,7 +75,7 @@ install_packages() {
   [ ${#missing[@]} != 0 ] || return 0
   command -v apt-get >/dev/null || die "this is no Debian; install what provides: ${tools[*]}"
   echo "installing ${missing[*]}"
-  for service in etcd haproxy nginx; do
+  for service in etcd haproxy named nginx unbound; do
     if [ ! -e "$units/$service.service" ]; then ours+=("$service"); fi
   done
   export DEBIAN_FRONTEND=noninteractive

@@ -20,7 +20,7 @@ use crate::{
     Node, Process,
     edge::{Edge, Said, say},
     lab::need_tool,
-    tls, wait_until,
+    tls, wait_for, wait_until,
 };
 
 /// The port of DNS.
@@ -189,6 +189,22 @@ pub fn nsupdate(node: &Node, server: SocketAddr, key: Option<&Key>, options: &[&
     }
     command.args(options).arg(&script);
     say(&mut command, Duration::from_secs(20))
+}
+
+/// As [`nsupdate`], and again as long as it is told BADTIME: after a start of its worker, `edged` takes what a key signs
+/// within the second of its last update for a replay.
+///
+/// # Errors
+///
+/// If it cannot be run, or is told so for long.
+pub fn nsupdate_after_start(node: &Node, server: SocketAddr, key: &Key, lines: &str) -> Result<Said> {
+    wait_for("an update that is no replay", PATIENCE, || {
+        let said = nsupdate(node, server, Some(key), &[], lines);
+        match said {
+            Ok(said) if said.err.contains("BADTIME") => None,
+            said => Some(said),
+        }
+    })?
 }
 
 /// unbound, which knows what its configuration says and asks nobody.
@@ -489,7 +505,7 @@ pub fn summary(asked: &[Asked]) -> String {
     )
 }
 
-/// A command that sees `servers` in `/etc/resolv.conf`, in a mount namespace of its own.
+/// A command that finds `server` in `/etc/resolv.conf`, in a mount namespace of its own.
 ///
 /// # Errors
 ///

@@ -9,7 +9,7 @@ use std::{fs, net::SocketAddr, thread};
 use anyhow::{Context, Result, ensure};
 use tests::{
     Edge, Node, World,
-    dns::{self, Key, Reply, dig, nsupdate},
+    dns::{self, Key, Reply, dig, nsupdate, nsupdate_after_start},
     edge::Said,
 };
 
@@ -297,11 +297,8 @@ fn names_and_keys_outlive_a_restart_and_a_kill_of_the_supervisor() -> Result<()>
             after.0 >= serials.0 && after.1 >= serials.1,
             "after {how}: {serials:?} {after:?}"
         );
-        let said = stage.update(
-            &key,
-            &[],
-            &format!("zone fleet\nupdate add n1.fleet 1800 AAAA fd00::20{number}"),
-        )?;
+        let lines = format!("zone fleet\nupdate add n1.fleet 1800 AAAA fd00::20{number}");
+        let said = nsupdate_after_start(&stage.client, stage.server, &key, &lines)?;
         ensure!(said.code == Some(0), "after {how}: {said}");
         assert!(stage.serials()?.0 > serials.0, "after {how}");
     }

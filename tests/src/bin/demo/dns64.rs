@@ -10,7 +10,7 @@ use std::{net::SocketAddr, time::Duration};
 use anyhow::{Context, Result};
 use tests::{
     Edge, Lab, Node,
-    dns::{self, Key, Named, Queries, Reply, dig, nsupdate, summary, with_resolver},
+    dns::{self, Key, Named, Queries, Reply, dig, nsupdate, nsupdate_after_start, summary, with_resolver},
     edge::{Said, say},
 };
 
@@ -215,7 +215,10 @@ impl Stage {
         };
         let expected = [SHOP.parse()?];
         let before = serial(self)?;
-        for how in ["systemctl restart", "kill -9 of the supervisor"] {
+        for how in [
+            "edged is stopped and started again",
+            "kill -9 of the supervisor, and a start",
+        ] {
             story.event(format!("(d) {how}"));
             if how.starts_with("kill") {
                 self.edge.crash()?;
@@ -243,7 +246,8 @@ impl Stage {
             asked.iter().all(|asked| asked.outcome.is_ok()),
             format!("every client was answered: {}", summary(&asked)),
         );
-        let said = self.update(0, &keys[0], "update add node1.fleet 1800 TXT \"rack 7\"")?;
+        let lines = "zone fleet\nupdate add node1.fleet 1800 TXT \"rack 7\"";
+        let said = nsupdate_after_start(&self.nodes[0], self.server, &keys[0], lines)?;
         story.claim(said.code == Some(0), "node1's key is good still");
         Ok(())
     }
