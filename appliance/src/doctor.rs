@@ -2,6 +2,8 @@
 //!
 //! What is fine is one line per category; what is not has three. A hint is no problem: it does not change the exit code.
 
+mod dns;
+
 use std::{
     net::{SocketAddr, TcpListener},
     os::unix::fs::PermissionsExt,
@@ -119,6 +121,8 @@ pub(crate) async fn run(client: &Client, out: Out, options: &Options) -> Result<
             configuration(&mut findings, status);
             workers(&mut findings, &status.workers);
             balancer(&mut findings, status);
+            let config = config.as_ref().ok().map(|loaded| &loaded.config);
+            dns::run(&mut findings, client, status, config).await;
             descriptors(&mut findings, &status.workers);
         }
         state(&mut findings, &options.state);
@@ -671,6 +675,8 @@ fn before(findings: &mut Findings, config: Option<&Config>) {
     for at in config.control.metrics.iter().chain(&config.lb.health).chain(frontends) {
         port(findings, at.value);
     }
+    let listen = config.dns64.iter().flat_map(|dns64| &dns64.listen);
+    dns::ports(findings, listen.map(|at| at.value));
 }
 
 fn port(findings: &mut Findings, address: SocketAddr) {

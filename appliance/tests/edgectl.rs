@@ -186,6 +186,7 @@ fn answer(ask: Ask, uid: u32) -> Result<Answer, Refusal> {
                 revisions: vec![revision(7, true), revision(6, false)],
             }
         }
+        Ask::Dns { request } => Answer::Dns(Box::new(dns(request, status.dns.expect("a resolver")))),
         Ask::Lb { request } => Answer::Lb(Box::new(match request {
             Request::Status => lb::status::Answer::Status(lb),
             Request::Why { backend } => match lb.frontends[0].backends.iter().find(|b| b.backend == backend) {
@@ -234,6 +235,68 @@ fn answer(ask: Ask, uid: u32) -> Result<Answer, Refusal> {
     })
 }
 
+/// A resolver with one zone, in which n1 has a key.
+fn dns(request: dns64::status::Request, status: dns64::status::Status) -> dns64::status::Answer {
+    use dns64::status::Request;
+    let fields = match request {
+        Request::Status => return dns64::status::Answer::Status(Box::new(status)),
+        Request::Query { name, kind, trace } => {
+            let missing = name == "missing.example.org";
+            let dead = name == "dead.example.org";
+            if dead && !trace {
+                let message = "dead.example.org. AAAA has no answer: no upstream answers";
+                return dns64::status::Answer::Refused {
+                    message: message.into(),
+                };
+            }
+            let record =
+                |data: &str| serde_json::json!({ "name": "www.example.org.", "ttl": 300, "kind": kind, "data": data });
+            let soa =
+                serde_json::json!({ "name": "example.org.", "ttl": 60, "kind": "SOA", "data": "ns. host. 1 2 3 4 60" });
+            serde_json::json!({
+                "answer": "query", "name": format!("{name}."), "kind": kind,
+                "code": if dead { "SERVFAIL" } else if missing { "NXDOMAIN" } else { "NOERROR" },
+                "answers": if missing || dead { vec![] } else { vec![record("64:ff9b::c000:201"), record("\u{1b}[31m")] },
+                "authorities": if missing { vec![soa] } else { vec![] },
+                "source": if dead { "failure" } else { "synthesised" }, "ttl": if dead { 0 } else { 300 }, "took_ms": 12.34,
+                "steps": if trace { vec![
+                    serde_json::json!({ "at_ms": 0.04, "text": "asking for www.example.org. AAAA: upstreams" }),
+                    serde_json::json!({ "at_ms": 11.6, "text": "there is no AAAA record: made of the A records" }),
+                ] } else { vec![] },
+            })
+        }
+        Request::Zones { name } if name.as_deref().is_none_or(|name| name == "fleet") => serde_json::json!({
+            "answer": "zones", "zones": [{ "name": "fleet.", "records": [
+                { "name": "fleet.", "ttl": 1800, "kind": "NS", "data": "ns.fleet." },
+                { "name": "n1.fleet.", "ttl": 1800, "kind": "AAAA", "data": "fd0d::11", "dynamic": true },
+            ] }],
+        }),
+        Request::AddKey { node, .. } if node == "api" => {
+            serde_json::json!({ "answer": "refused", "message": "api.fleet. is the edge's" })
+        }
+        Request::AddKey { node, algorithm } => serde_json::json!({
+            "answer": "key", "file": "key \"key2.n1.fleet.\" {\n};\n",
+            "key": { "name": format!("key2.{node}.fleet."), "node": format!("{node}.fleet."), "algorithm": algorithm, "last_used": null },
+        }),
+        Request::Keys => serde_json::json!({
+            "answer": "keys", "keys": [
+                { "name": "n1.fleet.", "node": "n1.fleet.", "algorithm": "hmac-sha256", "last_used": "2026-01-02T03:04:05Z" },
+                { "name": "n2.fleet.", "node": "n2.fleet.", "algorithm": "hmac-sha512", "last_used": null },
+            ],
+        }),
+        Request::RemoveKey { name } if name == "n1" => {
+            serde_json::json!({ "answer": "removed", "name": "n1.fleet.", "node": "n1.fleet.", "records": true })
+        }
+        Request::Flush { name, .. } => {
+            serde_json::json!({ "answer": "flushed", "answers": if name.is_some() { 1 } else { 812 } })
+        }
+        Request::Zones { .. } | Request::RemoveKey { .. } => {
+            serde_json::json!({ "answer": "refused", "message": "there is none" })
+        }
+    };
+    serde_json::from_value(fields).expect("an answer")
+}
+
 fn out(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
@@ -258,7 +321,9 @@ fn status_shows_configuration_and_health_apart() {
         "edged 0.1.0, up 3 h 12 min, pid 812\n\n\
          config   ok  revision 7, confirmed\n         \
          differs  /etc/edged/edged.toml is not what runs: edgectl config diff\n\
-         health   degraded  backends are out: api; edgectl lb show\n\n\
+         health   degraded  backends are out: api; edgectl lb show\n\
+         dns      degraded  upstreams are down: tls://192.0.2.54#dns.example.org; edgectl dns status\n         \
+         1000 questions, 90 % known, 3 nodes in fleet., on [fd0d::1]:53 [::1]:1\n\n\
          WORKER  STATE    PID  UP            RESTARTS  LAST END\n\
          lb      running  813  3 h 11 min    0\n\
          web     waiting  -    0 s           3         killed by signal 9\n\n\
@@ -272,6 +337,212 @@ fn status_shows_configuration_and_health_apart() {
     let value = json(&daemon.run(&["status", "-o", "json"]));
     assert_eq!(value["config"]["revision"], 7);
     assert_eq!(value["lb"]["frontends"][0]["backends"][1]["state"], "banned");
+    assert_eq!(value["dns"]["udp"]["hits"], 900);
+}
+
+#[test]
+fn dns_query_tells_the_answer_and_dns_trace_how_it_came_about() {
+    let daemon = Daemon::start("dns-query");
+    let answer = "www.example.org. AAAA  NOERROR  from synthesised, good for 5 min, took 12 ms\n\
+                  www.example.org.  300  IN  AAAA  64:ff9b::c000:201\n\
+                  www.example.org.  300  IN  AAAA  \u{fffd}[31m\n";
+    let output = daemon.run(&["dns", "query", "www.example.org"]);
+    assert_eq!((out(&output).as_str(), output.status.code()), (answer, Some(0)));
+    assert_eq!(
+        out(&daemon.run(&["dns", "trace", "www.example.org", "aaaa"])),
+        format!(
+            "  0.0 ms  asking for www.example.org. AAAA: upstreams\n   12 ms  there is no AAAA record: made of the A records\n\n{answer}"
+        )
+    );
+    let value = json(&daemon.run(&["dns", "query", "64:ff9b::c000:201", "-o", "json"]));
+    assert_eq!((&value["kind"], &value["ttl"]), (&"PTR".into(), &300.into()));
+
+    // That there is no such name is an answer; that nobody answers is none.
+    let output = daemon.run(&["dns", "query", "missing.example.org"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(out(&output).ends_with("no records\n\nauthority\nexample.org.  60  IN  SOA  ns. host. 1 2 3 4 60\n"));
+    let output = daemon.run(&["dns", "query", "dead.example.org"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        err(&output),
+        "edgectl: dead.example.org. AAAA has no answer: no upstream answers\n"
+    );
+    let output = daemon.run(&["dns", "trace", "dead.example.org"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(out(&output).contains("dead.example.org. AAAA  SERVFAIL  from failure, not to be kept"));
+    for wrong in [
+        &["dns", "query", "www.example.org", "AAAAA"][..],
+        &["dns", "query", "192.0.2.1", "A"],
+        &["dns", "query", "a..b"],
+        &["dns", "query", ""],
+        &["dns", "cache", "flush", "--below"],
+    ] {
+        assert_eq!(daemon.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn dns_zone_show_is_like_a_zone_file_and_tells_what_nodes_registered() {
+    let daemon = Daemon::start("dns-zone");
+    let text = "; fleet.  2 records, 1 of them registered by nodes\n\
+                fleet.     1800  IN  NS    ns.fleet.\n\
+                n1.fleet.  1800  IN  AAAA  fd0d::11   ; dynamic\n";
+    assert_eq!(out(&daemon.run(&["dns", "zone", "show"])), text);
+    assert_eq!(out(&daemon.run(&["dns", "zone", "show", "fleet"])), text);
+    let output = daemon.run(&["dns", "zone", "show", "fleets"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(
+        err(&output),
+        "edgectl: no zone is called \"fleets\"; did you mean \"fleet\"?\n"
+    );
+    let value = json(&daemon.run(&["dns", "zone", "show", "-o", "json"]));
+    assert_eq!(value["zones"][0]["records"][1]["dynamic"], true);
+}
+
+#[test]
+fn a_key_is_told_once_and_never_written_over_a_file() {
+    let daemon = Daemon::start("dns-key");
+    let output = daemon.run(&["dns", "key", "add", "n1"]);
+    assert_eq!(
+        out(&output),
+        "key \"key2.n1.fleet.\" {\n};\n",
+        "nothing else on stdout: it may go to a file"
+    );
+    let help = err(&output);
+    for words in [
+        "key \"key2.n1.fleet.\" (hmac-sha256), which may change n1.fleet. and nothing else.",
+        "nsupdate -k ",
+        "\n  server fd0d::1\n  zone fleet.\n  update delete n1.fleet. AAAA\n  update add n1.fleet. 1800 AAAA ADDRESS\n",
+        "another key, which stays good; once the node uses this one: edgectl dns key rm 'n1.fleet.'",
+    ] {
+        assert!(help.contains(words), "{words}\n---\n{help}");
+    }
+
+    let file = daemon.dir.join("n1.key");
+    let path = file.display().to_string();
+    let output = daemon.run(&["dns", "key", "add", "n1", "--algorithm", "hmac-sha512", "--out", &path]);
+    assert_eq!(output.status.code(), Some(0), "{}", err(&output));
+    assert!(out(&output).starts_with(&format!("{path} written: key \"key2.n1.fleet.\" (hmac-sha512)")));
+    assert_eq!(
+        fs::read_to_string(&file).expect("written"),
+        "key \"key2.n1.fleet.\" {\n};\n"
+    );
+    assert_eq!(fs::metadata(&file).expect("there").permissions().mode() & 0o777, 0o600);
+    fs::write(&file, "precious").expect("written");
+    let output = daemon.run(&["dns", "key", "add", "n1", "--out", &path]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        err(&output).contains("exists already, so no key was made"),
+        "{}",
+        err(&output)
+    );
+    assert_eq!(fs::read_to_string(&file).expect("there"), "precious");
+    let link = daemon.dir.join("link");
+    std::os::unix::fs::symlink(daemon.dir.join("elsewhere"), &link).expect("linked");
+    assert_eq!(
+        daemon
+            .run(&["dns", "key", "add", "n1", "--out", &link.display().to_string()])
+            .status
+            .code(),
+        Some(2)
+    );
+    assert!(!daemon.dir.join("elsewhere").exists(), "a link is not followed");
+
+    // What could not be made leaves no file behind.
+    let file = daemon.dir.join("api.key");
+    let output = daemon.run(&["dns", "key", "add", "api", "--out", &file.display().to_string()]);
+    assert_eq!((output.status.code(), file.exists()), (Some(1), false));
+    assert_eq!(err(&output), "edgectl: api.fleet. is the edge's\n");
+
+    // A program that wants a file gets the secret there and nowhere else.
+    let file = daemon.dir.join("json.key").display().to_string();
+    let output = daemon.run(&["dns", "key", "add", "n1", "--out", &file, "-o", "json"]);
+    let value = json(&output);
+    assert_eq!((&value["path"], value.get("file")), (&file.into(), None));
+    assert!(output.stderr.is_empty());
+    assert!(json(&daemon.run(&["dns", "key", "add", "n1", "-o", "json"]))["file"].is_string());
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("there");
+    let output = daemon
+        .command(&["dns", "key", "add", "n1"])
+        .stdout(full)
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        err(&output).contains("take it back: edgectl dns key rm 'key2.n1.fleet.'"),
+        "{}",
+        err(&output)
+    );
+}
+
+#[test]
+fn keys_are_listed_and_taken_back_by_name() {
+    let daemon = Daemon::start("dns-keys");
+    assert_eq!(
+        out(&daemon.run(&["dns", "key", "list"])),
+        "KEY        NODE       ALGORITHM    LAST USED (UTC)\n\
+         n1.fleet.  n1.fleet.  hmac-sha256  2026-01-02 03:04:05\n\
+         n2.fleet.  n2.fleet.  hmac-sha512  never\n"
+    );
+    assert_eq!(
+        out(&daemon.run(&["dns", "key", "rm", "n1"])),
+        "key \"n1.fleet.\" taken back: what it signs from now on is refused; it was the last one of n1.fleet., so its records are gone too\n"
+    );
+    let output = daemon.run(&["dns", "key", "rm", "n3.fleet"]);
+    assert_eq!(output.status.code(), Some(2));
+    let words = err(&output);
+    assert!(
+        words.starts_with("edgectl: no key is called \"n3.fleet\"; did you mean \"n"),
+        "{words}"
+    );
+    assert_eq!(
+        daemon.run(&["dns", "key", "rm", "n2.fleet."]).status.code(),
+        Some(1),
+        "there, and not removed"
+    );
+    assert_eq!(
+        json(&daemon.run(&["dns", "key", "list", "-o", "json"]))["keys"][1]["node"],
+        "n2.fleet."
+    );
+}
+
+#[test]
+fn dns_status_has_every_upstream_and_zone() {
+    let daemon = Daemon::start("dns-status");
+    let text = out(&daemon.run(&["dns", "status"]));
+    for words in [
+        "listen    [fd0d::1]:53 [::1]:1\n",
+        "1100 received, 900 known, 100 looked up, 5 rejected, 4 slipped, 3 limited, 60 denied, 20 ignored, 8 dropped",
+        "tcp       2 open, 31 connections, 6 turned away, 40 messages, 9 denied\n",
+        "cache     812 answers in 1.0 MiB of 32 MiB, 1000 inserted, 10 evicted, 11 served stale\n",
+        "resolved  70 synthesised, 12 zone\n",
+        "updates   14 done, 2 refused\n",
+        "n9.fleet. is not served: fd0e::9 lies in no prefix of the zone\n",
+        ".: 120 questions, 13 of them joined another, 3 under way, 1 turned away, 2 failed\n",
+    ] {
+        assert!(text.contains(words), "{words}\n---\n{text}");
+    }
+    let line = |name: &str| {
+        text.lines()
+            .find(|line| line.contains(name))
+            .unwrap_or_else(|| panic!("{name}: {text}"))
+    };
+    assert!(
+        line("udp://192.0.2.53").contains("2 floods, 400 wrong id, 1 wrong question"),
+        "{text}"
+    );
+    assert!(
+        line("tls://").contains("down") && line("tls://").ends_with("connection refused"),
+        "{text}"
+    );
+    assert!(line("cluster.local.").contains("0.2 ms"), "{text}");
+    assert!(line("ip6.arpa.").contains("fleet.  41"), "{text}");
+    assert_eq!(json(&daemon.run(&["dns", "status", "-o", "json"]))["keys"], 4);
+    assert_eq!(out(&daemon.run(&["dns", "cache", "flush"])), "812 answers forgotten\n");
+    assert_eq!(
+        out(&daemon.run(&["dns", "cache", "flush", "example.org", "--below"])),
+        "1 answer forgotten about example.org and all below it\n"
+    );
 }
 
 #[test]
@@ -507,6 +778,9 @@ fn help_documents_exit_codes_and_there_is_a_page_for_every_command() {
         "edgectl",
         "edgectl-status",
         "edgectl-lb-why",
+        "edgectl-dns-query",
+        "edgectl-dns-key-add",
+        "edgectl-dns-cache-flush",
         "edgectl-config-apply",
         "edgectl-config-rollback",
         "edgectl-doctor",
@@ -556,6 +830,10 @@ fn doctor_is_quiet_about_what_is_fine_and_has_a_fix_for_what_is_not() {
         "✘ workers: web is waiting; it ended last: killed by signal 9\n",
         "✘ balancer: api/[fd00::12]:6443 is banned: connection refused (2 of 2 within 10 s)\n  why: 1 of 5 carry the load alone\n  fix: edgectl lb why 'api/[fd00::12]:6443'\n",
         "! balancer: api/cp3.fleet:6443 is drained\n",
+        "✘ resolver: upstream tls://192.0.2.54#dns.example.org is down: connection refused\n  why: 1 of 2 for . are left\n",
+        "✘ resolver: [::1]:1 does not answer\n",
+        "✘ resolver: n9.fleet. is registered and not served",
+        "✔ resolver: 1/1 upstreams for cluster.local.\n",
         "can be entered by others\n  why: it holds configurations",
     ] {
         assert!(text.contains(words), "{words}\n---\n{text}");

@@ -28,12 +28,19 @@ fn every_line_is_valid_and_no_series_comes_twice() {
     let lb = status.lb.as_mut().expect("a balancer");
     lb.frontends[0].name = "a\"b\\c\nd{}=,é".into();
     status.version = "\\\n\"".into();
+    let dns = status.dns.as_mut().expect("a resolver");
+    dns.upstreams[1].domain = "a\"b\\c\nd{}=,é".into();
+    dns.resolved.push(("\\\"\n".into(), 1));
+    // The same server twice is one series.
+    let twice = dns.upstreams[0].servers[0].clone();
+    dns.upstreams[0].servers.push(twice);
     check(&render(&status));
     // While the balancer is away the rest is told.
     status.lb = None;
+    status.dns = None;
     let page = render(&status);
     check(&page);
-    assert!(!page.contains("edge_lb_"));
+    assert!(!page.contains("edge_lb_") && !page.contains("edge_dns_"));
 }
 
 /// A strict reader of the Prometheus text format 0.0.4.

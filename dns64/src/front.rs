@@ -14,6 +14,9 @@ use crate::{
     rate::{self, Rate},
 };
 
+/// What all messages that are decoded as a whole count as; codes that are answered alone count as themselves.
+const WHOLE: u64 = 1 << 16;
+
 /// What the first look needs. A reload makes another one, which may share cache and rate with the one before.
 #[derive(Clone, Debug)]
 pub struct Front {
@@ -105,7 +108,7 @@ impl Front {
         let (query, rejected) = match Parsed::of(message) {
             Parsed::Query(query) => (query, None),
             Parsed::Reject(query, code) => (query, Some(code)),
-            Parsed::Whole if allowed => return Verdict::Ask(Terms::bare(transport)),
+            Parsed::Whole if allowed => return self.whole(turn, transport, source),
             Parsed::Whole | Parsed::Silence => return Verdict::Silence(Silence::Ignored),
         };
         let cookie = turn
@@ -135,6 +138,17 @@ impl Front {
         match self.cache.answer(&query, hash, &terms, turn.now, out) {
             Found::Hit { length, refresh } => reply(Some(length), Reply::Known { refresh }),
             Found::Miss => Verdict::Ask(terms),
+        }
+    }
+
+    /// A message that is decoded elsewhere. All of a network count as one question: whoever looks at them has more work than
+    /// with any other, and nothing as short as itself would tell their sender to come again.
+    fn whole(&self, turn: &Turn, transport: Transport, source: IpAddr) -> Verdict {
+        let passes = || matches!(self.rate.check(source, WHOLE, turn.now), rate::Verdict::Pass);
+        if transport == Transport::Tcp || passes() {
+            Verdict::Ask(Terms::bare(transport))
+        } else {
+            Verdict::Silence(Silence::Limited)
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 
 const WATCH: Duration = Duration::from_secs(1);
 /// The resolver's worker.
-pub(crate) const DNS_ROLE: &str = "dns64";
+pub(crate) const DNS_ROLE: &str = crate::worker::Role::Dns64.name();
 
 pub(super) async fn show(client: &Client, out: Out, watch: bool) -> Result<u8, Fail> {
     loop {

@@ -50,6 +50,36 @@ pub(crate) fn status() -> Status {
                 ],
             }],
         },
+        "dns": {
+            "listen": ["[fd0d::1]:53", "[::1]:1"], "prefixes": ["64:ff9b::/96"],
+            "udp": { "received": 1100, "hits": 900, "misses": 100, "rejected": 5, "slipped": 4, "limited": 3, "denied": 60,
+                "ignored": 20, "dropped": 8, "refreshed": 7, "unsent": 1 },
+            "tcp": { "open": 2, "accepted": 31, "turned_away": 6, "received": 40, "denied": 9 },
+            "cache": { "entries": 812, "octets": 1_048_576, "limit": 33_554_432, "inserted": 1000, "evicted": 10, "stale": 11 },
+            "resolved": [["synthesised", 70], ["zone", 12]],
+            "updates": [["done", 14], ["refused", 2]],
+            "upstreams": [
+                {
+                    "domain": "", "outstanding": 3, "asked": 120, "joined": 13, "busy": 1, "failed": 2,
+                    "servers": [
+                        { "url": "udp://192.0.2.53", "state": "up", "latency_ms": 12.5, "connections": 0, "last_error": null,
+                            "counts": [["queries", 110], ["good", 100], ["silent", 0], ["floods", 2]],
+                            "mismatches": [["id", 400], ["question", 1]] },
+                        { "url": "tls://192.0.2.54#dns.example.org", "state": "down", "latency_ms": null, "connections": 1,
+                            "last_error": "connection refused", "counts": [["queries", 10], ["good", 0], ["silent", 9]],
+                            "mismatches": [] },
+                    ],
+                },
+                { "domain": "cluster.local.", "servers": [
+                    { "url": "udp://[fd00:10:96::a]", "state": "up", "latency_ms": 0.25 },
+                ] },
+            ],
+            "zones": [{
+                "names": ["fleet.", "0.0.0.0.0.0.0.0.0.0.0.0.d.0.d.f.ip6.arpa."], "serial": 41, "nodes": 3,
+                "left_out": [["n9.fleet.", "fd0e::9 lies in no prefix of the zone"]],
+            }],
+            "keys": 4,
+        },
     });
     serde_json::from_value(value).expect("a status")
 }

@@ -204,7 +204,12 @@ impl Resolver {
                 Link::Ask(next, rest) => {
                     trace.say(|| format!("the alias leads to {}", next.name));
                     chain = rest;
-                    (answer, _) = self.look_up(&next, trace).await?;
+                    let (mut part, from) = self.look_up(&next, trace).await?;
+                    if from == "zone" && source != "zone" {
+                        // The zone may change at any moment, and nobody would think of this answer then.
+                        never_kept(&mut part);
+                    }
+                    answer = part;
                 }
             }
         }
@@ -306,6 +311,12 @@ impl Hosts {
             ..Answer::empty(ResponseCode::NoError)
         })
     }
+}
+
+/// Nobody keeps what has no TTL, neither we nor the client.
+fn never_kept(answer: &mut Answer) {
+    let sections = [&mut answer.answers, &mut answer.authorities];
+    sections.into_iter().flatten().for_each(|record| record.ttl = 0);
 }
 
 fn plain(answer: Answer, question: &Question, source: &'static str) -> Resolution {

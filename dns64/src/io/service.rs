@@ -22,13 +22,14 @@ use std::{
 
 use arc_swap::ArcSwap;
 use hickory_proto::{
-    op::{Message, MessageType, OpCode, ResponseCode},
+    op::{Edns, Message, MessageType, OpCode, ResponseCode},
     rr::{Name, RData, Record, RecordType},
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::{
     net::TcpListener,
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -47,7 +48,7 @@ use crate::{
     cookie::Cookies,
     front::Front,
     packed::{Age, Lifetimes, Packed},
-    query::{MOST_TCP, MOST_UDP, Parsed, Query, Terms},
+    query::{LEAST, MOST_TCP, MOST_UDP, Parsed, Query, Terms},
     rate::Rate,
     reverse,
     special::Local,
@@ -196,9 +197,12 @@ struct Service {
     udp: BTreeMap<SocketAddr, Threads>,
     tcp: BTreeMap<SocketAddr, CancellationToken>,
     tcp_shared: Arc<tcp::Shared>,
+    /// What nodes registered in zones that are not configured now.
+    aside: BTreeMap<Owner, State>,
     work: mpsc::Sender<Work>,
-    /// What is known of zones that are not configured now.
-    unused: BTreeMap<Owner, State>,
+    /// Takes up what comes until it is told that nothing more will.
+    taking_up: JoinHandle<()>,
+    ending: CancellationToken,
     /// Counts of threads that have been stopped.
     before: udp::Counts,
 }
@@ -228,6 +232,8 @@ struct House {
 struct Update {
     message: Vec<u8>,
     back: Back,
+    /// Among those under way, until it is answered.
+    _place: OwnedSemaphorePermit,
 }
 
 /// The way back to a client.
@@ -283,8 +289,11 @@ impl Back {
 
 impl Service {
     fn new(config: Box<Config>, opened: Opened, memory: Memory, commits: mpsc::Sender<Commit>) -> Result<Self, Error> {
-        let (updates, unused) = zones(&config, memory)?;
-        let updates = Arc::new(Mutex::new(updates));
+        let Memory {
+            zones: mut states,
+            keys,
+        } = memory;
+        let updates = Arc::new(Mutex::new(Updates::new(zones(&config, &mut states)?, keys)));
         let resolver = resolver(&config, &opened.files, &updates)?;
         let front = Arc::new(ArcSwap::from_pointee(Front {
             cache: Arc::new(Cache::new(config.cache(), config.stale(), random()?)),
@@ -310,7 +319,8 @@ impl Service {
             updated: Mutex::default(),
             complained: Mutex::default(),
         });
-        tokio::spawn(Arc::clone(&house).take_up(asked, tcp_asked));
+        let ending = CancellationToken::new();
+        let taking_up = tokio::spawn(Arc::clone(&house).take_up(asked, tcp_asked, ending.clone()));
         tokio::spawn(Arc::clone(&house).update(queued));
         let mut service = Self {
             config,
@@ -318,8 +328,10 @@ impl Service {
             udp: BTreeMap::new(),
             tcp: BTreeMap::new(),
             tcp_shared: tcp::Shared::new(front, tcp_work),
+            aside: states,
             work,
-            unused,
+            taking_up,
+            ending,
             before: udp::Counts::default(),
         };
         service.open(opened)?;
@@ -358,13 +370,18 @@ impl Service {
         // No update may be on its way to the disk while its zone is replaced.
         let house = Arc::clone(&self.house);
         let gate = house.one_at_a_time.lock().await;
-        let mut memory = memory(&lock(&house.updates));
-        memory.zones.extend(self.unused.clone());
-        let (fresh, unused) = zones(&config, memory)?;
+        let mut states = self.aside.clone();
+        states.extend(
+            lock(&house.updates)
+                .zones()
+                .iter()
+                .map(|zone| (Owner::of(zone.origin()), zone.state().clone())),
+        );
+        let zones = zones(&config, &mut states)?;
         let resolver = resolver(&config, &files, &house.updates)?;
         self.open(opened)?;
-        *lock(&house.updates) = fresh;
-        self.unused = unused;
+        lock(&house.updates).replace_zones(zones);
+        self.aside = states;
         drop(gate);
         house.resolver.store(Arc::new(resolver));
         house.lifetimes.store(Arc::new(config.lifetimes()));
@@ -401,16 +418,28 @@ impl Service {
     }
 
     async fn stop(self, grace: Duration) -> Result<(), Error> {
-        let Self { house, udp, tcp, .. } = self;
-        for stop in tcp.values() {
-            stop.cancel();
-        }
-        let threads = tokio::task::spawn_blocking(move || udp.into_values().for_each(Threads::stop));
-        let _ = threads.await;
-        // What was taken from the kernel gets its answer.
-        let all = u32::try_from(UNDER_WAY).unwrap_or(u32::MAX);
-        let _ = timeout(grace, house.under_way.acquire_many(all)).await;
-        let _ = timeout(grace, house.one_at_a_time.lock()).await;
+        let Self {
+            house,
+            udp,
+            tcp,
+            tcp_shared,
+            taking_up,
+            ending,
+            ..
+        } = self;
+        let end = async {
+            for stop in tcp.values() {
+                stop.cancel();
+            }
+            let _ = tokio::task::spawn_blocking(move || udp.into_values().for_each(Threads::stop)).await;
+            // What was taken from the kernel gets its answer.
+            ending.cancel();
+            let _ = taking_up.await;
+            let all = u32::try_from(UNDER_WAY).unwrap_or(u32::MAX);
+            let _ = house.under_way.acquire_many(all).await;
+            tcp_shared.written().await;
+        };
+        let _ = timeout(grace, end).await;
         Ok(())
     }
 
@@ -462,13 +491,23 @@ impl Service {
 }
 
 impl House {
-    /// Takes up what the front does not know.
-    async fn take_up(self: Arc<Self>, mut udp: mpsc::Receiver<Work>, mut tcp: mpsc::Receiver<tcp::Ask>) {
+    /// Takes up what the front does not know, until `ending` and what has come by then.
+    async fn take_up(
+        self: Arc<Self>,
+        mut udp: mpsc::Receiver<Work>,
+        mut tcp: mpsc::Receiver<tcp::Ask>,
+        ending: CancellationToken,
+    ) {
         loop {
             let work = tokio::select! {
                 Some(work) = udp.recv() => work,
                 Some(ask) = tcp.recv() => {
                     self.begin(Back::Tcp(ask)).await;
+                    continue;
+                }
+                () = ending.cancelled(), if !udp.is_closed() => {
+                    udp.close();
+                    tcp.close();
                     continue;
                 }
                 else => return,
@@ -495,12 +534,12 @@ impl House {
         };
         let house = Arc::clone(self);
         tokio::spawn(async move {
-            house.serve(back).await;
-            drop(place);
+            house.serve(back, place).await;
         });
     }
 
-    async fn serve(&self, back: Back) {
+    /// Answers; `place` is given back when that is done.
+    async fn serve(&self, back: Back, place: OwnedSemaphorePermit) {
         let question = back
             .query()
             .and_then(|query| query.question().map(|question| (question, query.recursion_desired())));
@@ -510,26 +549,22 @@ impl House {
                 let octets = code(&back, ResponseCode::FormErr);
                 back.send(octets).await;
             }
-            None => self.serve_whole(back).await,
+            None => self.serve_whole(back, place).await,
         }
     }
 
     async fn serve_question(&self, back: Back, question: Question, recursion_desired: bool) {
         // Without recursion only what is known here may be told (RFC 1035 §4.1.1); the front has looked at the cache.
-        let own = lock(&self.updates)
-            .zones()
-            .iter()
-            .any(|zone| zone.contains(&question.name));
-        if !recursion_desired && !own {
+        if !recursion_desired && !self.is_zoned(&question.name) {
             let octets = code(&back, ResponseCode::Refused);
             return back.send(octets).await;
         }
         let mut renewing = std::pin::pin!(self.renew(&question));
-        let packed = match timeout(CLIENT_PATIENCE, renewing.as_mut()).await {
-            Ok(packed) => packed,
+        let (packed, too_late) = match timeout(CLIENT_PATIENCE, renewing.as_mut()).await {
+            Ok(packed) => (packed, false),
             // Somebody waits too long: what is stale is better than nothing, and the question goes on.
-            Err(_) if self.keep_serving(&question) => None,
-            Err(_) => renewing.as_mut().await,
+            Err(_) if self.keep_serving(&question) => (None, true),
+            Err(_) => (renewing.as_mut().await, false),
         };
         let octets = match &packed {
             Some(packed) => packed_for(&back, packed),
@@ -538,8 +573,8 @@ impl House {
                 .unwrap_or_else(|| code(&back, ResponseCode::ServFail)),
         };
         back.send(octets).await;
-        if packed.is_none() {
-            // Too late for this client, in time for the next.
+        if too_late {
+            // For this client, and in time for the next.
             let _ = timeout(Duration::from_secs(10), renewing).await;
         }
     }
@@ -609,20 +644,24 @@ impl House {
     }
 
     /// A message that is more than a plain query: an UPDATE, or a query that is signed.
-    async fn serve_whole(&self, back: Back) {
+    async fn serve_whole(&self, back: Back, place: OwnedSemaphorePermit) {
         let message = back.message().to_vec();
         let opcode = message.get(2).map_or(0, |flags| (flags >> 3) & 15);
         if opcode == u8::from(OpCode::Update) {
             // One that finds the queue full comes again.
-            let _ = self.update_queue.try_send(Update { message, back });
+            let _ = self.update_queue.try_send(Update {
+                message,
+                back,
+                _place: place,
+            });
             return;
         }
-        let octets = self.signed_query(&message).await.unwrap_or_default();
+        let octets = self.signed_query(&message, &back).await.unwrap_or_default();
         back.send(octets).await;
     }
 
     /// The answer to a signed query, signed too: `nsupdate` looks for its zone this way.
-    async fn signed_query(&self, octets: &[u8]) -> Option<Vec<u8>> {
+    async fn signed_query(&self, octets: &[u8], back: &Back) -> Option<Vec<u8>> {
         let now = udp::wall();
         let verdict = tsig::verify(lock(&self.updates).keys(), octets, now);
         let request = Message::from_vec(octets).ok()?;
@@ -632,50 +671,84 @@ impl House {
         let mut response = Message::response(request.metadata.id, request.metadata.op_code);
         response.metadata.recursion_desired = request.metadata.recursion_desired;
         response.metadata.recursion_available = true;
-        for query in &request.queries {
-            response.add_query(query.clone());
-        }
-        let (reply, good) = match verdict {
-            Verdict::Good(_, reply) => (Some(reply), true),
+        response.add_queries(request.queries.iter().cloned());
+        response.edns = request.edns.as_ref().map(|_| {
+            let mut edns = Edns::new();
+            edns.set_max_payload(MOST_UDP as u16);
+            edns
+        });
+        let reply = match verdict {
+            Verdict::Good(_, reply) => {
+                self.answer_signed(&request, &mut response).await;
+                Some(reply)
+            }
             Verdict::Bad(failure, reply) => {
                 response.metadata.response_code = failure.code();
-                (Some(reply), false)
+                Some(reply)
             }
-            Verdict::Unsigned if request.metadata.op_code == OpCode::Query => (None, true),
+            // SIG(0): signed with what we know nothing of (RFC 2931).
             Verdict::Unsigned => {
                 response.metadata.response_code = ResponseCode::NotImp;
-                (None, false)
+                None
             }
             Verdict::Malformed => {
                 response.metadata.response_code = ResponseCode::FormErr;
-                (None, false)
+                None
             }
         };
-        if good && let [query] = request.queries.as_slice() {
-            let mut question = Question::new(query.name(), query.query_type());
-            question.class = query.query_class();
-            let resolver = self.resolver.load_full();
-            match resolver.resolve(&question, &Trace::default()).await {
-                Ok(Resolution { answer, .. }) => {
-                    response.metadata.response_code = answer.code;
-                    response.metadata.authoritative = answer.authoritative;
-                    response.answers = answer.answers;
-                    response.authorities = answer.authorities;
-                    response.additionals = answer.additionals;
-                }
-                Err(_) => response.metadata.response_code = ResponseCode::ServFail,
-            }
+        let payload = request.edns.as_ref().map_or(0, Edns::max_payload);
+        let limit = match back {
+            Back::Udp(_) => usize::from(payload).clamp(LEAST, MOST_UDP),
+            Back::Tcp(_) => MOST_TCP,
+        };
+        let room = limit.saturating_sub(reply.as_ref().map_or(0, tsig::Reply::size));
+        let mut octets = response.to_vec().ok()?;
+        if octets.len() > room {
+            response.metadata.truncation = true;
+            response.answers.clear();
+            response.authorities.clear();
+            response.additionals.clear();
+            octets = response.to_vec().ok()?;
         }
-        let octets = response.to_vec().ok()?;
         Some(match reply {
             Some(reply) => reply.finish(octets, now),
             None => octets,
         })
     }
 
+    /// Answers what a key of ours has signed.
+    async fn answer_signed(&self, request: &Message, response: &mut Message) {
+        let [query] = request.queries.as_slice() else {
+            response.metadata.response_code = ResponseCode::FormErr;
+            return;
+        };
+        let mut question = Question::new(query.name(), query.query_type());
+        question.class = query.query_class();
+        if !request.metadata.recursion_desired && !self.is_zoned(&question.name) {
+            response.metadata.response_code = ResponseCode::Refused;
+            return;
+        }
+        let resolver = self.resolver.load_full();
+        match resolver.resolve(&question, &Trace::default()).await {
+            Ok(Resolution { answer, .. }) => {
+                response.metadata.response_code = answer.code;
+                response.metadata.authoritative = answer.authoritative;
+                response.answers = answer.answers;
+                response.authorities = answer.authorities;
+                response.additionals = answer.additionals;
+            }
+            Err(_) => response.metadata.response_code = ResponseCode::ServFail,
+        }
+    }
+
+    /// Whether one of the zones has `name`.
+    fn is_zoned(&self, name: &Name) -> bool {
+        lock(&self.updates).zones().iter().any(|zone| zone.contains(name))
+    }
+
     /// Carries updates out, one after the other.
     async fn update(self: Arc<Self>, mut queued: mpsc::Receiver<Update>) {
-        while let Some(Update { message, back }) = queued.recv().await {
+        while let Some(Update { message, back, _place }) = queued.recv().await {
             let gate = self.one_at_a_time.lock().await;
             let step = lock(&self.updates).receive(&message, udp::wall());
             let step = match step {
@@ -960,30 +1033,18 @@ impl House {
     }
 }
 
-/// The zones of `config` with what `memory` has of them, and what is left of that.
-fn zones(config: &Config, memory: Memory) -> Result<(Updates, BTreeMap<Owner, State>), Error> {
-    let Memory { mut zones, keys } = memory;
+/// The zones of `config` with their `states`, of which those remain that belong to no zone.
+fn zones(config: &Config, states: &mut BTreeMap<Owner, State>) -> Result<Vec<Zone>, Error> {
     let mut made = Vec::new();
     for config in config.zones() {
-        let state = zones.remove(&Owner::of(&config.origin)).unwrap_or_default();
+        let state = states.remove(&Owner::of(&config.origin)).unwrap_or_default();
         let zone = Zone::new(&config, state).map_err(|error| Error::Config(error.to_string()))?;
         for (node, why) in zone.left_out() {
             tracing::warn!(%node, "records of a node are kept but not served: {why}");
         }
         made.push(zone);
     }
-    Ok((Updates::new(made, keys), zones))
-}
-
-/// What `updates` hold, for a successor.
-fn memory(updates: &Updates) -> Memory {
-    let zones = updates.zones().iter();
-    Memory {
-        zones: zones
-            .map(|zone| (Owner::of(zone.origin()), zone.state().clone()))
-            .collect(),
-        keys: updates.keys().clone(),
-    }
+    Ok(made)
 }
 
 fn resolver(

@@ -13,7 +13,10 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
@@ -26,7 +29,7 @@ use crate::{
     status::Tcp as Counts,
 };
 
-/// Connections at a time, and of one source: an IPv4 address or an IPv6 /64.
+/// Connections at a time, and of one source: an IPv4 address, an IPv6 /64, or all together who may not ask.
 const MOST: usize = 512;
 const OF_A_SOURCE: usize = 64;
 /// A connection without a message is closed after this time.
@@ -62,6 +65,7 @@ impl Ask {
 pub(super) struct Shared {
     front: Arc<ArcSwap<Front>>,
     work: mpsc::Sender<Ask>,
+    places: Arc<Semaphore>,
     sources: Mutex<HashMap<IpAddr, usize>>,
     accepted: AtomicU64,
     turned_away: AtomicU64,
@@ -74,6 +78,7 @@ impl Shared {
         Arc::new(Self {
             front,
             work,
+            places: Arc::new(Semaphore::new(MOST)),
             sources: Mutex::default(),
             accepted: AtomicU64::new(0),
             turned_away: AtomicU64::new(0),
@@ -100,11 +105,14 @@ impl Shared {
 
     /// A place for one more connection; dropping it gives it back.
     fn place(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
-        let source = source(client);
+        let source = if self.front.load().access.allows(client) {
+            source(client)
+        } else {
+            // However many addresses strangers have, they leave places to others.
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let among_all = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        if sources.values().sum::<usize>() >= MOST {
-            return None;
-        }
         let count = sources.entry(source).or_default();
         if *count >= OF_A_SOURCE {
             return None;
@@ -113,13 +121,21 @@ impl Shared {
         Some(Place {
             shared: Arc::clone(self),
             source,
+            _among_all: among_all,
         })
+    }
+
+    /// Waits until every connection has ended, and so has written its answers. They end when their listeners are stopped.
+    pub(super) async fn written(&self) {
+        // It fails only if it is closed, which it never is.
+        let _ = self.places.acquire_many(MOST as u32).await;
     }
 }
 
 struct Place {
     shared: Arc<Shared>,
     source: IpAddr,
+    _among_all: OwnedSemaphorePermit,
 }
 
 impl Drop for Place {
@@ -134,7 +150,7 @@ impl Drop for Place {
     }
 }
 
-/// Accepts until `stop`; connections that are open then end with their next silence.
+/// Accepts until `stop`; connections that are open then read no more, and end with their last answer.
 pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
     loop {
         let accepted = tokio::select! {
@@ -164,6 +180,7 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: Canc
     }
 }
 
+/// One connection to its end: whichever side ends it, what was asked is answered first.
 async fn connection(
     stream: TcpStream,
     client: SocketAddr,
@@ -172,42 +189,57 @@ async fn connection(
 ) -> std::io::Result<()> {
     // Answers are whole messages: none waits for another.
     stream.set_nodelay(true)?;
-    let (mut from, mut to) = stream.into_split();
-    let (answers, mut ready) = mpsc::channel::<Reply>(UNDER_WAY);
-    let under_way = Arc::new(Semaphore::new(UNDER_WAY));
-    let writing = tokio::spawn(async move {
-        while let Some((answer, _place)) = ready.recv().await {
-            let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
-            // One write, so that the length does not travel alone.
-            let mut octets = Vec::with_capacity(answer.len() + 2);
-            octets.extend(length.to_be_bytes());
-            octets.extend(answer);
-            let written = timeout(STEP, to.write_all(&octets)).await;
-            if !matches!(written, Ok(Ok(()))) {
-                return;
-            }
+    let (from, to) = stream.into_split();
+    let (answers, ready) = mpsc::channel::<Reply>(UNDER_WAY);
+    let writing = tokio::spawn(write(to, ready));
+    let result = tokio::select! {
+        result = read(from, client, &shared, answers) => result,
+        () = stop.cancelled() => Ok(()),
+    };
+    // It ends when nobody is left who could answer, or the client does not take what it asked for.
+    let _ = writing.await;
+    result
+}
+
+async fn write(mut to: OwnedWriteHalf, mut ready: mpsc::Receiver<Reply>) {
+    while let Some((answer, _place)) = ready.recv().await {
+        let length = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+        // One write, so that the length does not travel alone.
+        let mut octets = Vec::with_capacity(answer.len() + 2);
+        octets.extend(length.to_be_bytes());
+        octets.extend(answer);
+        let written = timeout(STEP, to.write_all(&octets)).await;
+        if !matches!(written, Ok(Ok(()))) {
+            return;
         }
-    });
+    }
+}
+
+/// Reads queries until there are no more.
+async fn read(
+    mut from: OwnedReadHalf,
+    client: SocketAddr,
+    shared: &Shared,
+    answers: mpsc::Sender<Reply>,
+) -> std::io::Result<()> {
+    let under_way = Arc::new(Semaphore::new(UNDER_WAY));
     let mut out = vec![0; MOST_TCP];
     loop {
-        let length = tokio::select! {
-            length = timeout(IDLE, from.read_u16()) => length??,
-            () = stop.cancelled() => break,
-        };
+        let length = timeout(IDLE, from.read_u16()).await??;
         let mut message = vec![0; usize::from(length)];
         timeout(STEP, from.read_exact(&mut message)).await??;
         shared.received.fetch_add(1, Relaxed);
         let Ok(place) = Arc::clone(&under_way).acquire_owned().await else {
-            break;
+            return Ok(());
         };
-        let front = shared.front.load();
+        let front = shared.front.load_full();
         let turn = front.turn(udp::now(), udp::wall());
         let allowed = front.access.allows(client.ip());
         match front.look(&turn, Transport::Tcp, &message, client.ip(), &mut out) {
             Verdict::Reply { length, .. } => {
                 let octets = out.get(..length).unwrap_or_default().to_vec();
                 if answers.send((octets, place)).await.is_err() {
-                    break;
+                    return Ok(());
                 }
             }
             Verdict::Ask(terms) => {
@@ -219,20 +251,17 @@ async fn connection(
                     place,
                 };
                 if shared.work.send(ask).await.is_err() {
-                    break;
+                    return Ok(());
                 }
             }
             // A stranger, or one that talks something else: it has no business here.
-            Verdict::Silence(_) => break,
+            Verdict::Silence(_) => return Ok(()),
         }
         if !allowed {
             shared.denied.fetch_add(1, Relaxed);
-            break;
+            return Ok(());
         }
     }
-    drop(answers);
-    let _ = timeout(STEP, writing).await;
-    Ok(())
 }
 
 /// What counts as one source.

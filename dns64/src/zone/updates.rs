@@ -91,6 +91,12 @@ impl Updates {
         }
     }
 
+    /// Other zones take the place of those that are. Keys stay, and so does what each of them signed lately. Not while a
+    /// change is being stored, which would have nowhere to go.
+    pub fn replace_zones(&mut self, zones: Vec<Zone>) {
+        self.zones = zones;
+    }
+
     /// The zones as they are, for those who answer queries.
     pub fn zones(&self) -> &[Zone] {
         &self.zones

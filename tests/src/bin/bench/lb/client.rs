@@ -1,11 +1,9 @@
 //! The clients: one process per measurement, so that their CPU time and descriptors are apart from all others'.
 //!
-//! Each warms up, says "ready", waits for a line on stdin, works, and prints one JSON object. It then waits for the end
-//! of stdin, so that its own CPU time can still be read.
+//! What they say to the benchmark and when is in `session.rs`.
 
 use std::{
-    collections::BTreeMap,
-    io::{self, BufRead, Read, Write},
+    io::{self, Read, Write},
     net::{SocketAddr, SocketAddrV4, TcpStream},
     os::fd::{AsRawFd, OwnedFd},
     thread,
@@ -26,7 +24,10 @@ use super::{
     backend::{STALLED, receive, send},
     wire::{Checker, HEAD, Head, Kind, RECEIPT, REPLY, hold_message, receipt, reply, source},
 };
-use crate::stats::percentile;
+use crate::{
+    session::{Errors, ready, wait_for_line},
+    stats::percentile,
+};
 
 /// A connection that takes longer has failed.
 const SLOW: Duration = Duration::from_secs(5);
@@ -51,19 +52,6 @@ pub(crate) fn main(args: &[String]) -> Result<()> {
     wait_for_line()
 }
 
-fn ready() -> Result<()> {
-    println!("ready");
-    wait_for_line()
-}
-
-fn wait_for_line() -> Result<()> {
-    io::stdin()
-        .lock()
-        .read_line(&mut String::new())
-        .context("cannot read stdin")?;
-    Ok(())
-}
-
 /// A socket bound to one of the source addresses; its port is chosen at connect, so that a port can serve many targets.
 fn socket(id: u64, kind: Type) -> io::Result<Socket> {
     let socket = Socket::new(Domain::IPV4, kind, Some(Protocol::TCP))?;
@@ -83,26 +71,6 @@ fn socket(id: u64, kind: Type) -> io::Result<Socket> {
     }
     socket.bind(&SocketAddrV4::new(source(id), 0).into())?;
     Ok(socket)
-}
-
-/// Failures by what happened.
-#[derive(Default)]
-struct Errors(BTreeMap<String, u64>);
-
-impl Errors {
-    fn add(&mut self, error: impl ToString) {
-        *self.0.entry(error.to_string()).or_default() += 1;
-    }
-    fn count(&self) -> u64 {
-        self.0.values().sum()
-    }
-    fn list(&self) -> String {
-        self.0
-            .iter()
-            .map(|(error, count)| format!("{count} x {error}"))
-            .collect::<Vec<_>>()
-            .join("; ")
-    }
 }
 
 /// New connections: `in_flight` at a time, each one request and one reply, until `millis` or `count` is reached.

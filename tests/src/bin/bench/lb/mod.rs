@@ -12,11 +12,11 @@ pub(crate) mod peer_tokio;
 mod peers;
 mod proxy;
 mod report;
-mod session;
 mod wire;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     path::Path,
     process::{Command, ExitCode, Stdio},
     thread::sleep,
@@ -26,11 +26,16 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use self::{
-    peers::{Group, Peer, Running},
-    report::{Figure, Machine, Report, Way},
-    session::{Client, Measured},
+    peers::{Group, Peer},
+    report::{Figure, Report, Way},
 };
-use crate::procs::{Strace, pss_kib};
+use crate::{
+    options,
+    procs::{Strace, pss_kib},
+    running::Running,
+    session::{Client, Measured, millis},
+    tally::{Machine, Named},
+};
 
 /// What is measured in one go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,8 +52,10 @@ pub(crate) enum Metric {
 
 impl Metric {
     const ALL: [Self; 4] = [Self::Memory, Self::Connections, Self::Bulk, Self::Syscalls];
+}
 
-    const fn name(self) -> &'static str {
+impl Named for Metric {
+    fn name(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Connections => "connections",
@@ -96,9 +103,7 @@ const QUICK: Amount = Amount {
 /// The command line of `bench lb`.
 #[derive(Debug)]
 pub(crate) struct Options {
-    rounds: usize,
-    quick: bool,
-    json: bool,
+    common: options::Common,
     metrics: BTreeSet<Metric>,
     peers: BTreeSet<Peer>,
 }
@@ -106,47 +111,21 @@ pub(crate) struct Options {
 impl Options {
     /// Reads the arguments after `bench lb`.
     pub(crate) fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self {
-            rounds: 5,
-            quick: false,
-            json: false,
-            metrics: BTreeSet::new(),
-            peers: BTreeSet::new(),
-        };
+        let mut chosen = (BTreeSet::new(), BTreeSet::new());
         let mut extra = BTreeSet::new();
-        let mut args = args.iter();
-        while let Some(arg) = args.next() {
-            let (key, value) = arg
-                .split_once('=')
-                .map_or((arg.as_str(), None), |(key, value)| (key, Some(value)));
-            let mut value = || {
-                value
-                    .or_else(|| args.next().map(String::as_str))
-                    .with_context(|| format!("{key} needs a value; see bench help"))
-            };
+        let common = options::parse(args, |key, value| {
             match key {
-                "--quick" => (options.quick, options.rounds) = (true, 1),
-                "--rounds" => {
-                    options.rounds = value()?
-                        .parse()
-                        .ok()
-                        .filter(|n| (1..=100).contains(n))
-                        .context("--rounds takes 1 to 100")?;
-                }
-                "--only" => value()?.split(',').try_for_each(|word| options.only(word))?,
+                "--only" => value.split(',').try_for_each(|word| only(word, &mut chosen))?,
                 "--peer" => {
-                    let name = value()?;
-                    let peer = Peer::EXTRA.into_iter().find(|peer| peer.name() == name);
-                    extra.insert(peer.with_context(|| format!("--peer adds haproxy-pipes or tokio, not \"{name}\""))?);
+                    let peer = Peer::EXTRA.into_iter().find(|peer| peer.name() == value);
+                    extra.insert(peer.with_context(|| format!("--peer adds haproxy-pipes or tokio, not \"{value}\""))?);
                 }
-                "--output" => match value()? {
-                    "json" => options.json = true,
-                    "markdown" => options.json = false,
-                    other => bail!("--output takes markdown or json, not \"{other}\""),
-                },
-                _ => bail!("\"{arg}\" is no option of bench lb; see bench help"),
+                _ => return Ok(false),
             }
-        }
+            Ok(true)
+        })?;
+        let (metrics, peers) = chosen;
+        let mut options = Self { common, metrics, peers };
         if options.metrics.is_empty() {
             options.metrics.extend(Metric::ALL);
         }
@@ -157,20 +136,6 @@ impl Options {
         }
         options.peers.append(&mut extra);
         Ok(options)
-    }
-
-    fn only(&mut self, word: &str) -> Result<()> {
-        if let Some(metric) = Metric::ALL.into_iter().find(|metric| metric.name() == word) {
-            self.metrics.insert(metric);
-        } else if let Some(peer) = Peer::ALL.into_iter().find(|peer| peer.name() == word) {
-            self.peers.insert(peer);
-        } else if let Some(group) = Group::ALL.into_iter().find(|group| group.name() == word) {
-            let of_group = |peer: &Peer| peer.group() == group && !Peer::EXTRA.contains(peer);
-            self.peers.extend(Peer::ALL.into_iter().filter(of_group));
-        } else {
-            bail!("\"{word}\" is no metric, no peer and no group of peers; see bench help");
-        }
-        Ok(())
     }
 
     /// Refuses to begin without the programs that will be needed.
@@ -205,17 +170,38 @@ impl Options {
     }
 }
 
+/// Adds what a word of `--only` means.
+fn only(word: &str, (metrics, peers): &mut (BTreeSet<Metric>, BTreeSet<Peer>)) -> Result<()> {
+    if let Some(metric) = Metric::ALL.into_iter().find(|metric| metric.name() == word) {
+        metrics.insert(metric);
+    } else if let Some(peer) = Peer::ALL.into_iter().find(|peer| peer.name() == word) {
+        peers.insert(peer);
+    } else if let Some(group) = Group::ALL.into_iter().find(|group| group.name() == word) {
+        let of_group = |peer: &Peer| peer.group() == group && !Peer::EXTRA.contains(peer);
+        peers.extend(Peer::ALL.into_iter().filter(of_group));
+    } else {
+        bail!("\"{word}\" is no metric, no peer and no group of peers; see bench help");
+    }
+    Ok(())
+}
+
 /// Runs the whole benchmark and prints its report. Fails if anything went wrong anywhere; a bar that is missed is no failure.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let options::Common { rounds, quick, json } = options.common;
+    let versions: Vec<_> = options
+        .balancers()
+        .map(|peer| Ok((peer.name(), peer.version()?)))
+        .collect::<Result<_>>()?;
+    let machine = Machine::facts("balancer, clients and backends", versions)?;
     let mut bench = Bench {
         options,
-        amount: if options.quick { QUICK } else { FULL },
-        backend: Running::backend()?,
+        amount: if quick { QUICK } else { FULL },
+        backend: peers::start_backend()?,
         running: BTreeMap::new(),
-        report: Report::new(Machine::facts(options)?, options.rounds, options.quick),
+        report: Report::new(machine, rounds, quick),
     };
-    for round in 0..options.rounds {
-        eprintln!("round {} of {}", round + 1, options.rounds);
+    for round in 0..rounds {
+        eprintln!("round {} of {rounds}", round + 1);
         bench.restart()?;
         bench.each(Metric::Memory, round, |bench, peer| bench.memory(peer, round));
         bench.each(Metric::Connections, round, |bench, peer| bench.connections(peer, round));
@@ -231,14 +217,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     bench.each(Metric::Syscalls, 0, Bench::syscalls);
     let report = &bench.report;
-    println!(
-        "{}",
-        if options.json {
-            report.json()?
-        } else {
-            report.markdown()
-        }
-    );
+    println!("{}", if json { report.json()? } else { report.markdown() });
     if report.failed() {
         for (name, running) in &bench.running {
             eprintln!("--- the end of what {} said:\n{}", name.name(), running.log());
@@ -265,7 +244,7 @@ impl Bench<'_> {
     fn restart(&mut self) -> Result<()> {
         self.running.clear();
         for peer in self.options.balancers() {
-            self.running.insert(peer, Running::peer(peer)?);
+            self.running.insert(peer, peers::start(peer)?);
         }
         Ok(())
     }
@@ -300,7 +279,7 @@ impl Bench<'_> {
         let Amount {
             in_flight, exchange, ..
         } = self.amount;
-        let client = Client::exchange(peer.target(), in_flight, exchange, u64::MAX)?;
+        let client = exchanges(peer.target(), in_flight, exchange, u64::MAX)?;
         let measured = self.watch(peer, client, exchange)?;
         let connections = measured.number("connections")?;
         ensure!(connections > 0.0, "not one connection");
@@ -314,7 +293,7 @@ impl Bench<'_> {
             .add(peer, Figure::P50, round, measured.number("p50_us")? / 1000.0);
         self.report
             .add(peer, Figure::P99, round, measured.number("p99_us")? / 1000.0);
-        if let Some(cpu) = measured.balancer {
+        if let Some(cpu) = measured.server {
             self.report
                 .add(peer, Figure::CpuPerConnection, round, cpu * 1e6 / connections);
         }
@@ -324,18 +303,18 @@ impl Bench<'_> {
             connections / measured.number("seconds")?,
             measured.number("p99_us")? / 1000.0
         );
-        self.report.shares(peer, "connections", measured.shares);
+        self.report.shares(peer, "connections", true, measured.shares);
         Ok(())
     }
 
     fn bulk(&mut self, peer: Peer, round: usize, way: Way) -> Result<()> {
-        let client = Client::bulk(peer.target(), way, self.amount.bulk_bytes, self.amount.bulk)?;
+        let client = bulk(peer.target(), way, self.amount.bulk_bytes, self.amount.bulk)?;
         let measured = self.watch(peer, client, self.amount.bulk).with_context(|| way.name())?;
         let (bytes, seconds) = (measured.number("bytes")?, measured.number("seconds")?);
         ensure!(bytes > 0.0, "{}: not one byte", way.name());
         self.report
             .add(peer, Figure::Gbit(way), round, bytes * 8.0 / seconds / 1e9);
-        if let Some(cpu) = measured.balancer {
+        if let Some(cpu) = measured.server {
             self.report
                 .add(peer, Figure::CpuPerGib(way), round, cpu / (bytes / f64::from(1 << 30)));
         }
@@ -345,7 +324,7 @@ impl Bench<'_> {
             bytes * 8.0 / seconds / 1e9,
             way.name()
         );
-        self.report.shares(peer, way.name(), measured.shares);
+        self.report.shares(peer, way.name(), way.streams == 1, measured.shares);
         Ok(())
     }
 
@@ -357,7 +336,7 @@ impl Bench<'_> {
     fn memory(&mut self, peer: Peer, round: usize) -> Result<()> {
         let pid = self.pid(peer)?;
         let sessions = self.amount.sessions;
-        let mut client = Client::hold(peer.target(), sessions)?;
+        let mut client = hold(peer.target(), sessions)?;
         sleep(Duration::from_millis(300));
         let before = pss_kib(pid)?;
         client.go()?;
@@ -378,7 +357,7 @@ impl Bench<'_> {
         let pid = self.pid(peer)?;
         let Amount { in_flight, traced, .. } = self.amount;
         // Time does not end it; connections do.
-        let mut client = Client::exchange(peer.target(), in_flight, Duration::from_secs(60), traced)?;
+        let mut client = exchanges(peer.target(), in_flight, Duration::from_secs(60), traced)?;
         let strace = Strace::attach(pid)?;
         client.go()?;
         let result = client.result(Duration::from_secs(70))?;
@@ -413,6 +392,22 @@ impl Bench<'_> {
     }
 }
 
+/// A client of new connections until `time` is over or `count` were made.
+fn exchanges(target: SocketAddr, in_flight: u64, time: Duration, count: u64) -> Result<Client> {
+    Client::start("lb-client", "exchange", target, &[in_flight, millis(time), count])
+}
+
+/// A client of bulk data until together `bytes` have gone or `time` is over.
+fn bulk(target: SocketAddr, way: Way, bytes: u64, time: Duration) -> Result<Client> {
+    let mode = if way.up { "up" } else { "down" };
+    Client::start("lb-client", mode, target, &[way.streams, bytes, millis(time)])
+}
+
+/// A client of idle sessions: ready, go, ready once all are open, go, result.
+fn hold(target: SocketAddr, sessions: u64) -> Result<Client> {
+    Client::start("lb-client", "hold", target, &[sessions])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -424,7 +419,7 @@ mod tests {
     #[test]
     fn everything_but_the_extra_peers_is_the_default() {
         let all = options("").expect("no arguments");
-        assert_eq!((all.rounds, all.metrics.len(), all.peers.len()), (5, 4, 10));
+        assert_eq!((all.common.rounds, all.metrics.len(), all.peers.len()), (5, 4, 10));
         assert!(!all.peers.contains(&Peer::Tokio));
         assert!(options("--peer tokio").expect("a peer").peers.contains(&Peer::Tokio));
     }
@@ -434,7 +429,7 @@ mod tests {
         let some = options("--only bulk,nginx --only=edged --rounds 3").expect("words of both kinds");
         assert_eq!(some.metrics, BTreeSet::from([Metric::Bulk]));
         assert_eq!(some.peers, BTreeSet::from([Peer::Edged, Peer::Nginx]));
-        assert_eq!(some.rounds, 3);
+        assert_eq!(some.common.rounds, 3);
     }
 
     #[test]

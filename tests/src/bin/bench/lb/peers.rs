@@ -1,23 +1,18 @@
 //! The balancers under test: how each is started as its users start it, and stopped.
 
 use std::{
-    env, fs,
-    fs::File,
-    io::Read,
+    env,
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    os::unix::process::CommandExt,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread::sleep,
-    time::{Duration, Instant},
+    path::Path,
+    process::Command,
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
-    procs,
-    sandbox::{self, FOLDER},
+    running::{Running, edged, file, first_line},
+    sandbox::FOLDER,
+    tally::Named,
 };
 
 /// The backends, as every configuration in tests/peers/ has them: three, as a cluster has control planes.
@@ -116,24 +111,6 @@ impl Peer {
         }
     }
 
-    /// As written on the command line and in the tables.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Edged => "edged",
-            Self::HaproxyCopy => "haproxy-copy",
-            Self::HaproxySplice => "haproxy-splice",
-            Self::HaproxyPipes => "haproxy-pipes",
-            Self::Nginx => "nginx",
-            Self::Tokio => "tokio",
-            Self::EdgedProxy => "edged-proxy",
-            Self::HaproxyProxy => "haproxy-proxy",
-            Self::NginxProxy => "nginx-proxy",
-            Self::EdgedNode => "edged-node",
-            Self::HaproxyNode => "haproxy-node",
-            Self::Direct => "direct",
-        }
-    }
-
     /// Where clients connect to; the ports are those of the configurations in tests/peers/.
     pub(crate) fn target(self) -> SocketAddr {
         let port = match self {
@@ -179,11 +156,6 @@ impl Peer {
 
     /// How a user starts it, in the foreground.
     fn command(self) -> Result<Command> {
-        let file = |name: &str, text: &str| -> Result<String> {
-            let path = format!("{FOLDER}/{name}");
-            fs::write(&path, text).with_context(|| format!("cannot write {path}"))?;
-            Ok(path)
-        };
         let haproxy = |file: &str| {
             let mut command = Command::new("haproxy");
             // Master and worker, as Debian's unit has it (-Ws), without its talk to systemd.
@@ -258,139 +230,41 @@ impl Peer {
     }
 }
 
+impl Named for Peer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Edged => "edged",
+            Self::HaproxyCopy => "haproxy-copy",
+            Self::HaproxySplice => "haproxy-splice",
+            Self::HaproxyPipes => "haproxy-pipes",
+            Self::Nginx => "nginx",
+            Self::Tokio => "tokio",
+            Self::EdgedProxy => "edged-proxy",
+            Self::HaproxyProxy => "haproxy-proxy",
+            Self::NginxProxy => "nginx-proxy",
+            Self::EdgedNode => "edged-node",
+            Self::HaproxyNode => "haproxy-node",
+            Self::Direct => "direct",
+        }
+    }
+}
+
 const INSTALL: &str = "a peer is missing; scripts/bench.sh installs it (Debian: haproxy, nginx, libnginx-mod-stream)";
 
-fn edged() -> Result<PathBuf> {
-    let folder = match env::var_os("EDGED_BIN_DIR") {
-        Some(folder) => PathBuf::from(folder),
-        None => env::current_exe()?
-            .parent()
-            .context("this program has no folder")?
-            .to_owned(),
-    };
-    let edged = folder.join("edged");
-    ensure!(
-        edged.is_file(),
-        "there is no {}; build it with cargo build --release --workspace, or set EDGED_BIN_DIR to its folder",
-        edged.display()
-    );
-    Ok(edged)
+/// Starts `peer` and waits until it accepts.
+pub(crate) fn start(peer: Peer) -> Result<Running> {
+    let mut running = Running::start(peer.name(), peer.command()?)?;
+    running.wait_until(|| TcpStream::connect(peer.target()).is_ok())?;
+    Ok(running)
 }
 
-fn first_line(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {name}"))?;
-    // nginx says it on stderr.
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text);
-    let line = text.lines().next().unwrap_or("version unknown");
-    Ok(line
-        .trim_start_matches("nginx version: ")
-        .split(" - https")
-        .next()
-        .unwrap_or(line)
-        .trim()
-        .to_owned())
-}
-
-/// A process with a log, started by this benchmark; stopped with all its descendants when dropped.
-pub(crate) struct Running {
-    name: String,
-    child: Child,
-    log: PathBuf,
-}
-
-impl Running {
-    /// Starts `peer` and waits until it accepts.
-    pub(crate) fn peer(peer: Peer) -> Result<Self> {
-        let mut running = Self::start(peer.name(), peer.command()?)?;
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while TcpStream::connect(peer.target()).is_err() {
-            running.check_alive()?;
-            ensure!(
-                Instant::now() < deadline,
-                "{} accepts nothing on {} after 10 s\n{}",
-                peer.name(),
-                peer.target(),
-                running.log()
-            );
-            sleep(Duration::from_millis(20));
-        }
-        Ok(running)
-    }
-
-    /// Starts `bench lb-backend` on all of [`BACKENDS`] and waits until it accepts.
-    pub(crate) fn backend() -> Result<Self> {
-        let mut command = Command::new(env::current_exe().context("cannot find this program's own file")?);
-        command
-            .arg("lb-backend")
-            .args(BACKENDS.map(|backend| backend.ip().to_string()));
-        let mut running = Self::start("backend", command)?;
-        while !BACKENDS.iter().all(|backend| TcpStream::connect(backend).is_ok()) {
-            running.check_alive()?;
-            sleep(Duration::from_millis(20));
-        }
-        Ok(running)
-    }
-
-    fn start(name: &str, mut command: Command) -> Result<Self> {
-        let log = Path::new(FOLDER).join(format!("{name}.log"));
-        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        // SAFETY: the closure makes one prctl call: no allocation, no lock.
-        unsafe { command.pre_exec(sandbox::die_with_parent) };
-        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        Ok(Self {
-            name: name.to_owned(),
-            child,
-            log,
-        })
-    }
-
-    /// The process whose descendants are all of it.
-    pub(crate) fn pid(&self) -> i32 {
-        Pid::from_child(&self.child).as_raw_nonzero().get()
-    }
-
-    fn check_alive(&mut self) -> Result<()> {
-        if let Some(status) = self.child.try_wait().context("cannot wait for a child")? {
-            bail!("{} ended ({status}) instead of serving\n{}", self.name, self.log());
-        }
-        Ok(())
-    }
-
-    /// The end of what it said.
-    pub(crate) fn log(&self) -> String {
-        let mut text = String::new();
-        match File::open(&self.log).and_then(|mut file| file.read_to_string(&mut text)) {
-            Err(error) => format!("(its log cannot be read: {error})"),
-            Ok(0) => "(it said nothing)".into(),
-            Ok(_) => {
-                let lines: Vec<&str> = text.lines().collect();
-                lines[lines.len().saturating_sub(20)..].join("\n")
-            }
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Listed before the end: afterwards nothing tells whose descendants they were.
-        let pids = procs::tree(self.pid()).unwrap_or_default();
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let deadline = Instant::now() + Duration::from_secs(3);
-        while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
-            sleep(Duration::from_millis(10));
-        }
-        for pid in pids {
-            // In a process namespace of its own and with a dozen processes, a number is not used again within 3 s.
-            if let Some(pid) = Pid::from_raw(pid) {
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        }
-        let _ = self.child.wait();
-    }
+/// Starts `bench lb-backend` on all of [`BACKENDS`] and waits until it accepts.
+pub(crate) fn start_backend() -> Result<Running> {
+    let mut command = Command::new(env::current_exe().context("cannot find this program's own file")?);
+    command
+        .arg("lb-backend")
+        .args(BACKENDS.map(|backend| backend.ip().to_string()));
+    let mut running = Running::start("backend", command)?;
+    running.wait_until(|| BACKENDS.iter().all(|backend| TcpStream::connect(backend).is_ok()))?;
+    Ok(running)
 }

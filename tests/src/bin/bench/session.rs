@@ -1,9 +1,14 @@
 //! One measurement: a client process, and the CPU time of everybody while it works.
+//!
+//! A client warms up, says "ready", waits for a line on stdin, works, and prints one JSON object. It then waits for the end
+//! of stdin, so that its own CPU time can still be read. [`Client`] is the side of the benchmark; [`ready`], [`wait_for_line`]
+//! and [`Errors`] are that of the client.
 
 use std::{
+    collections::BTreeMap,
     env,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     net::SocketAddr,
     os::unix::process::CommandExt,
     process::{Child, Command, Stdio},
@@ -16,13 +21,13 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Pid;
 use serde_json::Value;
 
-use super::report::{Shares, Way};
 use crate::{
     procs::{CpuMark, MachineMark},
     sandbox::{self, FOLDER},
+    tally::Shares,
 };
 
-/// A `bench lb-client`, ready to work; killed when dropped.
+/// A client process of a benchmark, ready to work; killed when dropped.
 pub(crate) struct Client {
     child: Child,
     lines: mpsc::Receiver<String>,
@@ -32,8 +37,8 @@ pub(crate) struct Client {
 /// What one measurement gave.
 pub(crate) struct Measured {
     result: Value,
-    /// CPU seconds of the balancer's processes, if there is one.
-    pub(crate) balancer: Option<f64>,
+    /// CPU seconds of the server's processes, if there is one.
+    pub(crate) server: Option<f64>,
     /// Who used the cores.
     pub(crate) shares: Shares,
 }
@@ -48,36 +53,18 @@ impl Measured {
 }
 
 impl Client {
-    /// New connections until `time` is over or `count` were made.
-    pub(crate) fn exchange(target: SocketAddr, in_flight: u64, time: Duration, count: u64) -> Result<Self> {
-        Self::start("exchange", target, &[in_flight, millis(time), count])
-    }
-
-    /// Bulk data until together `bytes` have gone or `time` is over.
-    pub(crate) fn bulk(target: SocketAddr, way: Way, bytes: u64, time: Duration) -> Result<Self> {
-        Self::start(
-            if way.up { "up" } else { "down" },
-            target,
-            &[way.streams, bytes, millis(time)],
-        )
-    }
-
-    /// Idle sessions: ready, go, ready once all are open, go, result.
-    pub(crate) fn hold(target: SocketAddr, sessions: u64) -> Result<Self> {
-        Self::start("hold", target, &[sessions])
-    }
-
-    fn start(mode: &str, target: SocketAddr, numbers: &[u64]) -> Result<Self> {
+    /// Starts `bench COMMAND MODE TARGET NUMBERS...` and waits until it is ready.
+    pub(crate) fn start(command: &str, mode: &str, target: SocketAddr, numbers: &[u64]) -> Result<Self> {
         let log = format!("{FOLDER}/client.log");
-        let mut command = Command::new(env::current_exe().context("cannot find this program's own file")?);
-        command
-            .args(["lb-client", mode, &target.to_string()])
+        let mut program = Command::new(env::current_exe().context("cannot find this program's own file")?);
+        program
+            .args([command, mode, &target.to_string()])
             .args(numbers.iter().map(u64::to_string));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.stderr(File::create(&log).with_context(|| format!("cannot write {log}"))?);
+        program.stdin(Stdio::piped()).stdout(Stdio::piped());
+        program.stderr(File::create(&log).with_context(|| format!("cannot write {log}"))?);
         // SAFETY: the closure makes one prctl call: no allocation, no lock.
-        unsafe { command.pre_exec(sandbox::die_with_parent) };
-        let mut child = command.spawn().context("cannot start a client")?;
+        unsafe { program.pre_exec(sandbox::die_with_parent) };
+        let mut child = program.spawn().context("cannot start a client")?;
         let stdout = child.stdout.take().context("a client has no stdout")?;
         let (sender, lines) = mpsc::channel();
         // Ends with the client's stdout.
@@ -131,15 +118,12 @@ impl Client {
     }
 
     /// Lets it work for about `length`, between two looks at everybody's CPU time.
-    pub(crate) fn watch(mut self, balancer: Option<i32>, backend: i32, length: Duration) -> Result<Measured> {
+    pub(crate) fn watch(mut self, server: Option<i32>, backend: i32, length: Duration) -> Result<Measured> {
         let client = Pid::from_child(&self.child).as_raw_nonzero().get();
         let mark = || -> Result<_> {
-            let balancer = balancer
-                .map(CpuMark::of)
-                .transpose()
-                .context("the balancer has ended")?;
+            let server = server.map(CpuMark::of).transpose().context("the server has ended")?;
             Ok((
-                balancer,
+                server,
                 CpuMark::of(client)?,
                 CpuMark::of(backend)?,
                 MachineMark::now()?,
@@ -154,15 +138,15 @@ impl Client {
         let after = mark()?;
 
         let seconds = after.4.duration_since(before.4).as_secs_f64();
-        let balancer = match (&before.0, &after.0) {
+        let server = match (&before.0, &after.0) {
             (Some(before), Some(after)) => Some(before.until(after)?),
             _ => None,
         };
         let (client, backend) = (before.1.until(&after.1)?, before.2.until(&after.2)?);
         let machine = before.3.until(after.3);
-        let ours = balancer.unwrap_or(0.0) + client + backend;
+        let ours = server.unwrap_or(0.0) + client + backend;
         let shares = Shares {
-            balancer: balancer.unwrap_or(0.0) / seconds,
+            server: server.unwrap_or(0.0) / seconds,
             client: client / seconds,
             backend: backend / seconds,
             idle: machine.idle / seconds,
@@ -170,11 +154,7 @@ impl Client {
             // Ticks of 10 ms against exact times: a little below zero is zero.
             elsewhere: ((machine.total - machine.idle - machine.stolen - ours) / seconds).max(0.0),
         };
-        Ok(Measured {
-            result,
-            balancer,
-            shares,
-        })
+        Ok(Measured { result, server, shares })
     }
 }
 
@@ -185,6 +165,47 @@ impl Drop for Client {
     }
 }
 
-fn millis(time: Duration) -> u64 {
+/// As clients take it.
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The client's side: says that the next step is prepared, and waits for it to be asked for.
+pub(crate) fn ready() -> Result<()> {
+    println!("ready");
+    wait_for_line()
+}
+
+/// The client's side: waits for a line, or for the end of stdin.
+pub(crate) fn wait_for_line() -> Result<()> {
+    io::stdin()
+        .lock()
+        .read_line(&mut String::new())
+        .context("cannot read stdin")?;
+    Ok(())
+}
+
+/// Failures by what happened.
+#[derive(Default)]
+pub(crate) struct Errors(pub(crate) BTreeMap<String, u64>);
+
+impl Errors {
+    /// Counts one more.
+    pub(crate) fn add(&mut self, error: impl ToString) {
+        *self.0.entry(error.to_string()).or_default() += 1;
+    }
+
+    /// Of all kinds.
+    pub(crate) fn count(&self) -> u64 {
+        self.0.values().sum()
+    }
+
+    /// For people.
+    pub(crate) fn list(&self) -> String {
+        self.0
+            .iter()
+            .map(|(error, count)| format!("{count} x {error}"))
+            .collect::<Vec<_>>()
+            .join("; ")
+    }
 }
