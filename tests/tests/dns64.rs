@@ -10,7 +10,7 @@ use std::{fs, net::SocketAddr, time::Duration};
 use anyhow::{Context, Result, ensure};
 use tests::{
     Edge, Node, World,
-    dns::{self, Named, Reply, Unbound, dig, dig_says},
+    dns::{self, Named, Queries, Reply, Unbound, dig, dig_says},
     edge::say,
     lab::need_tool,
     tls::{Ca, Files},
@@ -53,6 +53,10 @@ const DATA: &str = "\
   local-data: \"mapped.example.org. 300 IN AAAA ::ffff:8.8.4.4\"
   local-data: \"private.example.org. 300 IN A 10.1.2.3\"
   local-data: \"documentation.example.org. 300 IN A 192.0.2.1\"
+  local-zone: \"wild.example.org.\" redirect
+  local-data: \"wild.example.org. 300 IN A 8.8.4.4\"
+  local-zone: \"example.net.\" static
+  local-data: \"v4.example.net. 300 IN A 8.8.8.8\"
 ";
 
 #[test]
@@ -327,13 +331,70 @@ fn with_every_upstream_dead_the_prefix_is_still_found_and_stale_answers_are_give
     assert_eq!(stage.dig(&["edge.fleet", "AAAA"])?.data("AAAA"), ["fd00::10"]);
     // RFC 8767: old is better than none.
     let stale = wait_for("a stale answer", PATIENCE, || {
-        let served = tests::edge::find(&edge.json(&["dns", "status"]).ok()?, "stale")?.as_u64()?;
         let reply = stage.dig(&["brief.example.org", "AAAA", "+time=5"]).ok()?;
+        let served = tests::edge::find(&edge.json(&["dns", "status"]).ok()?, "stale")?.as_u64()?;
         (served > 0).then_some(reply)
+    })
+    .with_context(|| {
+        let asked = stage.dig_says(&["brief.example.org", "AAAA", "+time=5"]);
+        format!("{:?}\n{:?}\n{}", edge.ctl(&["dns", "status"]), asked, edge.log())
     })?;
     assert_eq!(stale.data("AAAA"), [MAPPED], "{}", stale.text);
     let never = stage.dig(&["unknown.example.org", "AAAA", "+time=8"])?;
     assert_eq!(never.status, "SERVFAIL", "{}", never.text);
+    Ok(())
+}
+
+#[test]
+fn of_two_upstreams_one_may_die_and_every_question_is_answered_at_the_first_try() -> Result<()> {
+    let world = World::alone(2)?;
+    let mut named = Named::start(&world.cp[0], &[("example.org", "", RECORDS)])?;
+    let _unbound = Unbound::start(&world.cp[1], DATA, None)?;
+    let upstreams = ["udp://[fd00::11]", "udp://[fd00::12]"];
+    let _edge = Edge::start(&world.edge, &configuration(&world.edge, &upstreams, ""))?;
+    // Each name once, so that nothing is known.
+    let names: Vec<String> = (0..5000).map(|n| format!("n{n}.wild.example.org")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let queries = Queries::start(&world.client, world.edge.at(dns::PORT), 200, &names, &[MAPPED.parse()?]);
+    queries.more(200)?;
+    named.kill();
+    queries.more(400)?;
+    let asked = queries.stop();
+    println!("{}", dns::summary(&asked));
+    assert!(
+        asked.iter().all(|asked| asked.outcome.is_ok() && asked.sent == 1),
+        "{}",
+        dns::summary(&asked)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_domain_has_its_own_servers_and_names_of_the_configuration_are_synthesised_for() -> Result<()> {
+    let world = World::new(2)?;
+    let _named = Named::start(&world.cp[0], &[("example.org", "", RECORDS)])?;
+    let _unbound = Unbound::start(&world.cp[1], DATA, None)?;
+    let more = "forward = { \"example.net\" = [\"udp://[fd00::12]\"] }\n\
+                hosts = { \"registry.example.org\" = [\"8.8.4.4\"], \"both.example.org\" = [\"2001:db8::99\"] }\n\
+                exclude_names = [\"wild.example.org\"]\nprefixes = [\"64:ff9b::/96\", \"2001:db8:64::/96\"]";
+    let _edge = Edge::start(&world.edge, &configuration(&world.edge, &["udp://[fd00::11]"], more))?;
+    let stage = Stage::of(&world);
+    let cases = [
+        ("v4.example.net", &["2001:db8:64::808:808", "64:ff9b::808:808"][..]),
+        ("v4.example.org", &["2001:db8:64::808:404", MAPPED]),
+        ("registry.example.org", &["2001:db8:64::808:404", MAPPED]),
+        ("both.example.org", &["2001:db8::99"]),
+        // A prefix of one's own may stand for private addresses.
+        ("private.example.org", &["2001:db8:64::a01:203"]),
+        ("a.wild.example.org", &[]),
+    ];
+    for (name, addresses) in cases {
+        let reply = stage.dig(&[name, "AAAA"])?;
+        assert_eq!(reply.data("AAAA"), addresses, "{name}: {}", reply.text);
+        assert_eq!(reply.status, "NOERROR", "{name}: {}", reply.text);
+    }
+    let found = stage.dig(&["ipv4only.arpa", "AAAA"])?;
+    assert_eq!(found.data("AAAA").len(), 4, "{}", found.text);
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::{
     net::{Ipv6Addr, SocketAddr},
     sync::{
         Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -61,7 +61,7 @@ fn reloads_under_load_lose_no_query_and_a_new_prefix_is_in_every_answer_from_the
 
 #[test]
 fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledged() -> Result<()> {
-    const NODES: usize = 60;
+    const NODES: usize = 90;
     let stage = Stage::set()?;
     let keys: Vec<Key> = (1..=NODES)
         .map(|n| Key::add(&stage.edge, &format!("n{n}"), "hmac-sha256"))
@@ -71,8 +71,8 @@ fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledg
         other_build(&program("edged")?, &stage.world.edge.file("edged-next"))?,
     ];
     let queries = stage.queries();
-    let acknowledged = Mutex::new(Vec::new());
-    let done = AtomicBool::new(false);
+    let (acknowledged, failed) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    let (done, next) = (AtomicBool::new(false), AtomicUsize::new(0));
     let more = |count: usize| -> Result<()> {
         let so_far = || acknowledged.lock().map_or(0, |list| list.len());
         let before = so_far();
@@ -81,21 +81,25 @@ fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledg
         })?;
         Ok(())
     };
-    let outcome = thread::scope(|scope| -> Result<()> {
-        let updater = scope.spawn(|| {
-            for (index, key) in keys.iter().enumerate() {
-                if done.load(Ordering::Relaxed) {
-                    break;
-                }
-                let n = index + 1;
-                let lines = format!("zone fleet\nupdate add n{n}.fleet 1800 AAAA fd00::4:{n:x}");
-                let options: &[&str] = if n % 2 == 0 { &["-v"] } else { &[] };
-                let said = nsupdate(&stage.world.client, stage.server, Some(key), options, &lines);
-                if said.is_ok_and(|said| said.code == Some(0)) {
-                    acknowledged.lock().expect("no panic while it is held").push(n);
-                }
+    let update = || {
+        while !done.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(key) = keys.get(index) else { break };
+            let n = index + 1;
+            let lines = format!("zone fleet\nupdate add n{n}.fleet 1800 AAAA fd00::4:{n:x}");
+            let options: &[&str] = if n % 2 == 0 { &["-v"] } else { &[] };
+            match nsupdate(&stage.world.client, stage.server, Some(key), options, &lines) {
+                Ok(said) if said.code == Some(0) => acknowledged.lock().expect("no panic while it is held").push(n),
+                Ok(said) => failed.lock().expect("no panic while it is held").push(said.err),
+                Err(error) => failed
+                    .lock()
+                    .expect("no panic while it is held")
+                    .push(error.to_string()),
             }
-        });
+        }
+    };
+    let outcome = thread::scope(|scope| -> Result<()> {
+        let updaters: Vec<_> = (0..3).map(|_| scope.spawn(update)).collect();
         let upgraded = || -> Result<()> {
             let supervisor = stage.edge.pid();
             for next in [1, 0] {
@@ -118,13 +122,22 @@ fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledg
         };
         let result = upgraded();
         done.store(true, Ordering::Relaxed);
-        let _ = updater.join();
+        for updater in updaters {
+            let _ = updater.join();
+        }
         result
     });
     outcome?;
     let asked = queries.stop();
     let acknowledged = acknowledged.into_inner().expect("no panic while it was held");
-    println!("{}; {} updates acknowledged", summary(&asked), acknowledged.len());
+    let failed = failed.into_inner().expect("no panic while it was held");
+    println!(
+        "{}; {} updates acknowledged, {} not",
+        summary(&asked),
+        acknowledged.len(),
+        failed.len()
+    );
+    assert!(failed.is_empty(), "a client's own retries are enough: {failed:?}");
     assert!(asked.iter().all(|asked| asked.outcome.is_ok()), "{}", summary(&asked));
     for n in acknowledged {
         let address = format!("fd00::4:{n:x}");
