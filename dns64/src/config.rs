@@ -88,7 +88,7 @@ pub struct Config {
     /// Answers per second to one network (IPv6 /56, IPv4 /24) that has no cookie; above it every second answer asks to come
     /// by TCP, the others are not given.
     #[serde(default)]
-    pub rate_limit: RateLimit,
+    pub rate_limit: Option<At<RateLimit>>,
     /// Certificates (PEM) that TLS upstreams are verified with. Default: "/etc/ssl/certs/ca-certificates.crt".
     #[serde(default)]
     pub ca_file: Option<At<PathBuf>>,
@@ -244,6 +244,14 @@ impl Config {
         self.stale.as_ref().map_or(DAY, |at| at.0.unwrap_or_default())
     }
 
+    /// What a network without a cookie gets.
+    pub fn rate_limit(&self) -> Limit {
+        self.rate_limit
+            .as_ref()
+            .map_or_else(RateLimit::default, |at| at.value)
+            .into()
+    }
+
     /// Octets that the cache may take.
     pub fn cache(&self) -> usize {
         self.cache_mib.as_ref().map_or(32, |at| at.value as usize) << 20
@@ -352,6 +360,13 @@ impl Config {
             }
         }
         within(&mut faults, &self.cache_mib, 1..=1024, "MiB of cache");
+        if let Some(at) = self.rate_limit.as_ref().filter(|at| !(1..=60).contains(&at.burst)) {
+            faults.error(
+                at,
+                format!("a burst of {} s is out of range", at.burst),
+                "write burst = 1 to 60",
+            );
+        }
         if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
             faults.error(
                 at,
@@ -584,3 +599,18 @@ string_schema!(
     "A NAT64 prefix of 32, 40, 48, 56, 64 or 96 bits, such as \"64:ff9b::/96\".",
     r"^[0-9a-fA-F:.]+/(32|40|48|56|64|96)$"
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_of_no_second_or_of_more_than_a_minute_is_refused() {
+        for (burst, faults) in [(0, 1), (1, 0), (60, 0), (61, 1)] {
+            let text =
+                format!("listen = [\"[::1]:53\"]\nupstreams = [\"udp://192.0.2.53\"]\nrate_limit.burst = {burst}");
+            let config: Config = toml::from_str(&text).expect("well-formed");
+            assert_eq!(config.check().len(), faults, "{burst}");
+        }
+    }
+}

@@ -299,7 +299,7 @@ impl Service {
             cache: Arc::new(Cache::new(config.cache(), config.stale(), random()?)),
             access: Access::new(&config.allowed()),
             cookies: Cookies::new(random()?, udp::wall()),
-            rate: Arc::new(Rate::new(config.rate_limit.into(), u64::from_ne_bytes(random()?))),
+            rate: Arc::new(Rate::new(config.rate_limit(), u64::from_ne_bytes(random()?))),
         }));
         let (work, asked) = mpsc::channel(QUEUE);
         let (tcp_work, tcp_asked) = mpsc::channel(QUEUE);
@@ -388,8 +388,8 @@ impl Service {
         let old = house.front.load();
         let mut front = Front::clone(&old);
         front.access = Access::new(&config.allowed());
-        if config.rate_limit != self.config.rate_limit {
-            front.rate = Arc::new(Rate::new(config.rate_limit.into(), u64::from_ne_bytes(random()?)));
+        if config.rate_limit() != self.config.rate_limit() {
+            front.rate = Arc::new(Rate::new(config.rate_limit(), u64::from_ne_bytes(random()?)));
         }
         if config.cache() != self.config.cache() || config.stale() != self.config.stale() {
             front.cache = Arc::new(Cache::new(config.cache(), config.stale(), random()?));
