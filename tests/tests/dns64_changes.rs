@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     net::{Ipv6Addr, SocketAddr},
     sync::{
         Mutex,
@@ -25,6 +26,8 @@ use tests::{
 };
 
 const RATE: u32 = 500;
+/// Names the message at which the new side of a hand-over dies; see appliance/src/handover.rs.
+const DIE: &str = "EDGED_TEST_HANDOVER_DIE";
 const PREFIXES: [&str; 2] = ["64:ff9b::/96", "fd64::/96"];
 /// `8.8.4.4` under each of [`PREFIXES`].
 const MAPPED: [&str; 2] = ["64:ff9b::808:404", "fd64::808:404"];
@@ -160,6 +163,45 @@ fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledg
 }
 
 #[test]
+fn an_upgrade_that_is_taken_back_leaves_the_zone_open_for_updates() -> Result<()> {
+    let stage = Stage::with_hook("adopt")?;
+    let next = other_build(&program("edged")?, &stage.world.edge.file("edged-next"))?;
+    let keys: Vec<Key> = (1..=9)
+        .map(|n| Key::add(&stage.edge, &format!("n{n}"), "hmac-sha256"))
+        .collect::<Result<_>>()?;
+    let add = |n: usize, address: usize| {
+        let lines = format!("zone fleet\nupdate add n{n}.fleet 1800 AAAA fd00::{n}:{address:x}");
+        nsupdate_after_start(&stage.world.client, stage.server, &keys[n - 1], &lines)
+    };
+    let done = AtomicBool::new(false);
+    let outcome = thread::scope(|scope| -> Result<()> {
+        for n in 1..=8 {
+            let (add, done) = (&add, &done);
+            scope.spawn(move || {
+                // A node has eight addresses at most; the same one again changes nothing, and is answered all the same.
+                let mut address = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let _ = add(n, address % 8);
+                    address += 1;
+                }
+            });
+        }
+        let refused = (0..3).try_for_each(|round| -> Result<()> {
+            let said = stage.edge.upgrade(&next)?;
+            ensure!(said.code == Some(1), "round {round}: {said}");
+            Ok(())
+        });
+        done.store(true, Ordering::Relaxed);
+        refused
+    });
+    outcome?;
+    let said = add(9, 1)?;
+    ensure!(said.code == Some(0), "{said}");
+    assert_eq!(stage.dig(&["n9.fleet", "AAAA"])?.data("AAAA"), ["fd00::9:1"]);
+    Ok(())
+}
+
+#[test]
 fn a_worker_that_is_killed_is_back_within_a_second_with_every_name() -> Result<()> {
     let stage = Stage::set()?;
     let key = Key::add(&stage.edge, "n1", "hmac-sha256")?;
@@ -217,10 +259,21 @@ struct Stage {
 impl Stage {
     /// With the machine for itself: at this rate a busy neighbour is seen.
     fn set() -> Result<Self> {
+        Self::with_hook("nowhere")
+    }
+
+    /// In which the new side of a hand-over gives up at the message of that name.
+    fn with_hook(message: &str) -> Result<Self> {
         let world = World::alone(1)?;
+        let hook = world.edge.file("die");
+        fs::write(&hook, message)?;
         let named = Named::start(&world.cp[0], &[("example.org", "", "v4 A 8.8.4.4\n*.wild A 8.8.4.4")])?;
         let server = world.edge.at(dns::PORT);
-        let edge = Edge::start(&world.edge, &config(server, PREFIXES[0]))?;
+        let edge = Edge::start_with(
+            &world.edge,
+            &config(server, PREFIXES[0]),
+            &[(DIE, &hook.display().to_string())],
+        )?;
         Ok(Self {
             edge,
             server,
