@@ -246,6 +246,14 @@ impl Config {
         self.stale.as_ref().map_or(DAY, |at| at.0.unwrap_or_default())
     }
 
+    /// What a network without a cookie gets.
+    pub fn rate_limit(&self) -> Limit {
+        self.rate_limit
+            .as_ref()
+            .map_or_else(RateLimit::default, |at| at.value)
+            .into()
+    }
+
     /// Octets that the cache may take.
     pub fn cache(&self) -> usize {
         self.cache_mib.as_ref().map_or(32, |at| at.value as usize) << 20
@@ -898,7 +906,7 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
                 "no IPv6 network",
             ),
             ("cache_mib = 0", "0", "0 MiB of cache are out of range"),
-            ("cache_mib = 4097", "4097", "4097 MiB of cache are out of range"),
+            ("cache_mib = 1025", "1025", "1025 MiB of cache are out of range"),
             ("max_ttl = \"8d\"", "\"8d\"", "out of range"),
             ("max_ttl = \"500ms\"", "\"500ms\"", "out of range"),
             ("max_negative_ttl = \"2d\"", "\"2d\"", "out of range"),

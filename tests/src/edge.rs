@@ -200,6 +200,33 @@ impl Edge {
         self.wait_until_serving()
     }
 
+    /// Kills the supervisor (signal 9), waits until its workers have ended with it, and starts it again with the same
+    /// configuration and state.
+    ///
+    /// # Errors
+    ///
+    /// If a worker stays or it does not come to serve again.
+    pub fn crash(&self) -> Result<()> {
+        let orphans = self.processes();
+        let mut process = self.process.lock().expect("no panic while it is held");
+        process.kill();
+        wait_until("the workers end with their supervisor", Duration::from_secs(10), || {
+            // One that has ended may stay as a zombie for want of a parent that asks.
+            let lives =
+                |pid: &u32| fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+            !orphans.iter().any(lives)
+        })?;
+        *process = launch(
+            &self.node,
+            &self.config,
+            &self.state,
+            &self.environment,
+            self.descriptors,
+        )?;
+        drop(process);
+        self.wait_until_serving()
+    }
+
     /// Replaces the configuration file and sends SIGHUP; the file takes effect some time later.
     ///
     /// # Errors

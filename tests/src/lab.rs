@@ -242,7 +242,7 @@ impl Node {
     }
 
     /// A file of this node that nobody else gets.
-    pub(crate) fn fresh_file(&self, name: &str) -> PathBuf {
+    pub fn fresh_file(&self, name: &str) -> PathBuf {
         self.file(&format!("{}-{name}", self.0.serial.fetch_add(1, Ordering::Relaxed)))
     }
 }

@@ -11,6 +11,7 @@
 //! - [`edge`]: `edged` and `edgectl` as a user has them.
 //! - [`backend`]: servers that follow a script; [`load`]: clients that count what happens to them.
 //! - [`capture`]: what was really on the wire; [`fault`]: black holes and loss.
+//! - [`dns`]: dig, nsupdate, unbound, named, and queries at a rate.
 //! - [`ingress`]: nginx and HAProxy, which want a PROXY header.
 //! - [`tls`], [`http`], [`etcd`], [`kube`]: certificates, a small HTTP client, and the worlds that the demo runs.
 //!
@@ -18,6 +19,7 @@
 
 pub mod backend;
 pub mod capture;
+pub mod dns;
 pub mod edge;
 pub mod etcd;
 pub mod fault;

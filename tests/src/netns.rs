@@ -90,10 +90,12 @@ impl Netns {
             if CLOSED.load(Ordering::Relaxed) {
                 return Err(io::ErrorKind::Interrupted.into());
             }
+            // The demo keeps SIGTERM for its own cleaning up; what it starts is to hear one.
+            unblock(libc::SIGTERM);
             move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from)
         };
-        // SAFETY: between fork and exec, `enter` reads an atomic and makes one system call (setns) on a descriptor it
-        // owns; it touches neither the heap nor a lock.
+        // SAFETY: between fork and exec, `enter` reads an atomic and makes two system calls, one on a set of its own
+        // (sigprocmask) and one on a descriptor it owns (setns); it touches neither the heap nor a lock.
         unsafe { command.pre_exec(enter) };
     }
 
@@ -107,6 +109,17 @@ impl Netns {
             });
             inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
         })
+    }
+}
+
+/// Lets a signal come to the calling thread.
+fn unblock(signal: libc::c_int) {
+    // SAFETY: plain system calls on a set that lives on this stack frame.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, signal);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
     }
 }
 

@@ -36,7 +36,7 @@ fn every_key_is_documented() -> Result<()> {
         .iter()
         .filter(|key| !document.contains(&format!("| `{key}` |")))
         .collect();
-    let sections = ["control", "log", "lb", "frontend", "health", "active"];
+    let sections = ["control", "log", "lb", "frontend", "health", "active", "dns64", "zone"];
     let missing: Vec<_> = missing
         .into_iter()
         .filter(|key| !sections.contains(&key.as_str()))
@@ -85,7 +85,7 @@ fn collect(schema: &Value, keys: &mut BTreeSet<String>) {
 fn documents() -> Result<Vec<PathBuf>> {
     let top = top();
     let mut documents = vec![top.join("packaging/edged.toml"), top.join("README.md")];
-    let folders = ["appliance", "lb", "docs", "docs/decisions"].map(|folder| (folder, "md"));
+    let folders = ["appliance", "lb", "dns64", "docs", "docs/decisions"].map(|folder| (folder, "md"));
     for (folder, wanted) in folders.into_iter().chain([("packaging/examples", "toml")]) {
         for entry in fs::read_dir(top.join(folder))? {
             let path = entry?.path();

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! edge: edged (supervisor) ─┬─ worker lb    no capabilities, another user, seccomp, not dumpable
-//!                           └─ worker web   likewise
+//!                           ├─ worker web   likewise
+//!                           └─ worker dns64 likewise
 //! ```
 
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, process::Command, time::Duration};
@@ -10,12 +11,14 @@ use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, process::Command
 use anyhow::{Context, Result, ensure};
 use tests::{Edge, World, edge::say, lab::need_tool};
 
+const ROLES: [&str; 3] = ["lb", "web", "dns64"];
+
 #[test]
 fn every_worker_is_confined_and_runs_as_a_user_of_its_own() -> Result<()> {
     let world = World::new(1)?;
-    let edge = Edge::start(&world.edge, &world.config("kind = \"api\""))?;
+    let edge = Edge::start(&world.edge, &config(&world))?;
     let mut users = BTreeMap::new();
-    for role in ["lb", "web"] {
+    for role in ROLES {
         let pid = edge.worker(role)?;
         let status = Status::of(pid)?;
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -53,8 +56,8 @@ fn every_worker_is_confined_and_runs_as_a_user_of_its_own() -> Result<()> {
 fn no_worker_can_be_read_or_traced_by_its_own_user() -> Result<()> {
     need_tool("setpriv", "util-linux")?;
     let world = World::new(1)?;
-    let edge = Edge::start(&world.edge, &world.config("kind = \"api\""))?;
-    for role in ["lb", "web"] {
+    let edge = Edge::start(&world.edge, &config(&world))?;
+    for role in ROLES {
         let pid = edge.worker(role)?;
         let status = Status::of(pid)?;
         let uid = status
@@ -93,8 +96,8 @@ fn no_worker_can_be_read_or_traced_by_its_own_user() -> Result<()> {
 #[test]
 fn no_worker_holds_a_descriptor_it_does_not_need() -> Result<()> {
     let world = World::new(1)?;
-    let edge = Edge::start(&world.edge, &world.config("kind = \"api\""))?;
-    for role in ["lb", "web"] {
+    let edge = Edge::start(&world.edge, &config(&world))?;
+    for role in ROLES {
         let pid = edge.worker(role)?;
         for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
             let target = fs::read_link(entry?.path())?.display().to_string();
@@ -107,6 +110,16 @@ fn no_worker_holds_a_descriptor_it_does_not_need() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Something for every kind of worker to do.
+fn config(world: &World) -> String {
+    format!(
+        "{}\n[dns64]\nlisten = [\"{}\"]\nupstreams = [\"udp://{}\"]\n",
+        world.config("kind = \"api\""),
+        world.edge.at(53),
+        world.cp[0].at(53)
+    )
 }
 
 /// `/proc/PID/status`.

@@ -4,6 +4,7 @@
 //! captures have seen. Exit status 0: every claim held.
 
 mod clients;
+mod dns64;
 mod lb;
 mod servers;
 
@@ -20,11 +21,18 @@ use tests::Lab;
 /// A part: its name, what it shows, how it is run.
 type Part = (&'static str, &'static str, fn(&mut Story) -> Result<()>);
 
-const PARTS: [Part; 1] = [(
-    "lb",
-    "the load balancer before a cluster of three servers, while they fail",
-    lb::run,
-)];
+const PARTS: [Part; 2] = [
+    (
+        "lb",
+        "the load balancer before a cluster of three servers, while they fail",
+        lb::run,
+    ),
+    (
+        "dns64",
+        "names for nodes without IPv4: synthesised addresses, and a zone that nodes register in",
+        dns64::run,
+    ),
+];
 
 fn main() -> ExitCode {
     Lab::clean_up_when_interrupted();
