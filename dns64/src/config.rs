@@ -246,14 +246,6 @@ impl Config {
         self.stale.as_ref().map_or(DAY, |at| at.0.unwrap_or_default())
     }
 
-    /// What a network without a cookie gets.
-    pub fn rate_limit(&self) -> Limit {
-        self.rate_limit
-            .as_ref()
-            .map_or_else(RateLimit::default, |at| at.value)
-            .into()
-    }
-
     /// Octets that the cache may take.
     pub fn cache(&self) -> usize {
         self.cache_mib.as_ref().map_or(32, |at| at.value as usize) << 20
