@@ -191,16 +191,15 @@ pub fn nsupdate(node: &Node, server: SocketAddr, key: Option<&Key>, options: &[&
     say(&mut command, Duration::from_secs(20))
 }
 
-/// As [`nsupdate`], and again as long as it is told BADTIME: after a start of its worker, `edged` takes what a key signs
-/// within the second of its last update for a replay.
+/// As [`nsupdate`], and again as long as it is told BADTIME: after a start of its worker `edged` takes what a key signs
+/// within the second of its last update for a replay, and so it does with the ninth update of a key in one second.
 ///
 /// # Errors
 ///
 /// If it cannot be run, or is told so for long.
-pub fn nsupdate_after_start(node: &Node, server: SocketAddr, key: &Key, lines: &str) -> Result<Said> {
+pub fn nsupdate_patient(node: &Node, server: SocketAddr, key: &Key, options: &[&str], lines: &str) -> Result<Said> {
     wait_for("an update that is no replay", PATIENCE, || {
-        let said = nsupdate(node, server, Some(key), &[], lines);
-        match said {
+        match nsupdate(node, server, Some(key), options, lines) {
             Ok(said) if said.err.contains("BADTIME") => None,
             said => Some(said),
         }

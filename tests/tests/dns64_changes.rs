@@ -20,7 +20,7 @@ use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use tests::{
     Edge, World,
-    dns::{self, Asked, Key, Named, Queries, Reply, dig, nsupdate, nsupdate_after_start, summary},
+    dns::{self, Asked, Key, Named, Queries, Reply, dig, nsupdate, nsupdate_patient, summary},
     edge::{other_build, program},
     process, wait_until,
 };
@@ -96,7 +96,7 @@ fn an_upgrade_leaves_no_query_unanswered_and_loses_no_update_that_was_acknowledg
             if said.as_ref().is_ok_and(|said| said.err.contains("SERVFAIL")) {
                 // Its answer was lost with the process that was to give it; a node tries again.
                 again.fetch_add(1, Ordering::Relaxed);
-                said = nsupdate_after_start(&stage.world.client, stage.server, key, &lines);
+                said = nsupdate_patient(&stage.world.client, stage.server, key, options, &lines);
             }
             match said {
                 Ok(said) if said.code == Some(0) => {
@@ -171,7 +171,7 @@ fn an_upgrade_that_is_taken_back_leaves_the_zone_open_for_updates() -> Result<()
         .collect::<Result<_>>()?;
     let add = |n: usize, address: usize| {
         let lines = format!("zone fleet\nupdate add n{n}.fleet 1800 AAAA fd00::{n}:{address:x}");
-        nsupdate_after_start(&stage.world.client, stage.server, &keys[n - 1], &lines)
+        nsupdate_patient(&stage.world.client, stage.server, &keys[n - 1], &[], &lines)
     };
     let done = AtomicBool::new(false);
     let outcome = thread::scope(|scope| -> Result<()> {
@@ -207,7 +207,7 @@ fn a_worker_that_is_killed_is_back_within_a_second_with_every_name() -> Result<(
     let key = Key::add(&stage.edge, "n1", "hmac-sha256")?;
     let add = |address: &str| {
         let lines = format!("zone fleet\nupdate add n1.fleet 1800 AAAA {address}");
-        nsupdate_after_start(&stage.world.client, stage.server, &key, &lines)
+        nsupdate_patient(&stage.world.client, stage.server, &key, &[], &lines)
     };
     let said = add("fd00::101")?;
     ensure!(said.code == Some(0), "{said}");

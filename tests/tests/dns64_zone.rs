@@ -9,7 +9,7 @@ use std::{fs, net::SocketAddr, thread};
 use anyhow::{Context, Result, ensure};
 use tests::{
     Edge, Node, World,
-    dns::{self, Key, Reply, dig, nsupdate, nsupdate_after_start},
+    dns::{self, Key, Reply, dig, nsupdate, nsupdate_patient},
     edge::Said,
 };
 
@@ -298,7 +298,7 @@ fn names_and_keys_outlive_a_restart_and_a_kill_of_the_supervisor() -> Result<()>
             "after {how}: {serials:?} {after:?}"
         );
         let lines = format!("zone fleet\nupdate add n1.fleet 1800 AAAA fd00::20{number}");
-        let said = nsupdate_after_start(&stage.client, stage.server, &key, &lines)?;
+        let said = stage.update(&key, &[], &lines)?;
         ensure!(said.code == Some(0), "after {how}: {said}");
         assert!(stage.serials()?.0 > serials.0, "after {how}");
     }
@@ -334,7 +334,7 @@ impl Stage {
     }
 
     fn update(&self, key: &Key, options: &[&str], lines: &str) -> Result<Said> {
-        nsupdate(&self.client, self.server, Some(key), options, lines)
+        nsupdate_patient(&self.client, self.server, key, options, lines)
     }
 
     /// Of the zone and of its reverse zone.
