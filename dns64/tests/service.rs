@@ -9,9 +9,9 @@ use std::{
 };
 
 use dns64::{
-    io::service::{Command, Memory, Opened},
-    status::{Answer, Durable, Request},
-    zone::Algorithm,
+    io::service::{Command, Opened},
+    status::{Answer, Request},
+    zone::{Algorithm, Durable, Memory},
 };
 use hickory_proto::{
     op::{Edns, Message, OpCode, ResponseCode},

@@ -12,6 +12,7 @@
 //! - [`backend`]: servers that follow a script; [`load`]: clients that count what happens to them.
 //! - [`capture`]: what was really on the wire; [`fault`]: black holes and loss.
 //! - [`dns`]: dig, nsupdate, unbound, named, and queries at a rate.
+//! - [`nameserver`]: a name server that follows a script, and a client that looks at its answers.
 //! - [`ingress`]: nginx and HAProxy, which want a PROXY header.
 //! - [`tls`], [`http`], [`etcd`], [`kube`]: certificates, a small HTTP client, and the worlds that the demo runs.
 //!
@@ -28,6 +29,7 @@ pub mod ingress;
 pub mod kube;
 pub mod lab;
 pub mod load;
+pub mod nameserver;
 pub mod netns;
 pub mod process;
 pub mod systemd_node;

@@ -52,6 +52,8 @@ const SILENT: u32 = 5;
 const START: u32 = 10;
 /// For a worker to take over a configuration; less than `edgectl` waits.
 const RELOAD: Duration = Duration::from_secs(6);
+/// For what is on its way to the disk before a worker is let go.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Longest name of a frontend or backend, and most drains, that the store is asked to keep: far above what a
 /// configuration holds, and low enough that a worker gone wrong cannot fill the disk.
 const NAME: usize = 300;
@@ -134,6 +136,8 @@ pub(super) struct Running {
     pub(super) restarts: u64,
     /// How the one before it ended.
     pub(super) last_end: Option<String>,
+    /// Answers to what it wanted to be durable, by number, that it has not been given.
+    pub(super) owed: Vec<(u64, Result<(), String>)>,
 }
 
 /// What others may see.
@@ -210,6 +214,9 @@ impl Keeper {
     /// What keeps this process from watching it or talking with it; nothing was said to it then.
     pub(super) fn adopt(role: Role, spec: Spec, links: Links, running: Running) -> std::io::Result<Self> {
         let (process, heard) = Process::adopt(running.pid, running.channel)?;
+        for (id, result) in running.owed {
+            process.say(ToWorker::Committed { id, result }, Vec::new());
+        }
         let seen = Seen {
             pid: Some(running.pid),
             build: Some(running.build),
@@ -557,8 +564,10 @@ impl Actor {
                 Err(error) => return Err(format!("it said what makes no sense: {error}")),
             }
         }
+        let owed = self.settle(life).await?;
         let seen = lock(&self.seen);
         Ok(Running {
+            owed,
             pid: process.pid(),
             channel,
             build: seen.build.clone().unwrap_or_default(),
@@ -568,6 +577,30 @@ impl Actor {
             restarts: seen.restarts,
             last_end: seen.last_end.clone(),
         })
+    }
+
+    /// Waits for what is on its way to the disk; the answers, which the worker cannot be told now.
+    async fn settle(&mut self, life: &mut Life) -> Result<Vec<(u64, Result<(), String>)>, String> {
+        let mut owed = Vec::new();
+        let until = tokio::time::Instant::now() + SETTLE;
+        while life.committing > 0 {
+            let Ok(Some(message)) = tokio::time::timeout_at(until, self.inbox.recv()).await else {
+                return Err("the disk keeps it waiting".into());
+            };
+            match message {
+                Message::Kept { durable, .. } => self.links.kept.keep(*durable),
+                Message::ToWorker {
+                    message: ToWorker::Committed { id, result },
+                    ..
+                } => {
+                    life.committing -= 1;
+                    owed.push((id, result));
+                }
+                // While a program takes the place of another one nothing else is asked; dropping the way back is an answer.
+                _ => {}
+            }
+        }
+        Ok(owed)
     }
 
     fn beat(&self, process: &Process, life: &mut Life) -> Result<(), String> {
@@ -641,7 +674,10 @@ impl Actor {
                 return Err("started again for another configuration".into());
             }
             Message::ToWorker { incarnation, message } if incarnation == self.incarnation => {
-                process.say(message, Vec::new())
+                if matches!(message, ToWorker::Committed { .. }) {
+                    life.committing = life.committing.saturating_sub(1);
+                }
+                process.say(message, Vec::new());
             }
             Message::Kept { incarnation, durable } => self.kept(incarnation, *durable, process, life),
             Message::PageDone => self.pages = self.pages.saturating_sub(1),
@@ -686,7 +722,10 @@ impl Actor {
                 }
                 _ => return Err("answered a configuration it was not given".into()),
             },
-            (FromWorker::Commit { id, durable }, role) if self.may_keep(role, &durable) => self.commit(id, *durable),
+            (FromWorker::Commit { id, durable }, role) if self.may_keep(role, &durable) => {
+                life.committing += 1;
+                self.commit(id, *durable);
+            }
             (FromWorker::HandedOver { id, result }, Role::Lb) => return Self::handed_over(id, result, life),
             (FromWorker::Metrics { id }, Role::Web) => self.page(id, process),
             (message, role) => {
@@ -815,6 +854,8 @@ struct Life {
     silent: u32,
     pings: u64,
     next: u64,
+    /// Things of it that are on their way to the disk.
+    committing: usize,
     asked: BTreeMap<u64, (Question, oneshot::Sender<Reply>)>,
     reload: Option<(u64, Reload)>,
     reload_since: Option<Instant>,

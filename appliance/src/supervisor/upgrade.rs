@@ -248,6 +248,7 @@ impl House {
                     since_ms: ms_of(running.since),
                     restarts: running.restarts,
                     last_end: running.last_end.clone(),
+                    owed: running.owed.clone(),
                 })
                 .collect(),
             config: carried::Config {

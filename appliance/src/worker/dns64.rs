@@ -1,6 +1,6 @@
 //! The `dns64` worker: the supervisor's messages to the resolver's commands and back.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{cell::Cell, collections::BTreeMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use dns64::io::service::{self, Command, Commit, Links, Opened};
@@ -30,29 +30,31 @@ pub(super) async fn run(
     };
     let serving = service::run(Box::new(config), opened, start.dns64, links);
     let mut serving = std::pin::pin!(serving);
-    let conversation = converse(channel, said, commands, from_service);
+    let told_to_stop = Cell::new(false);
+    let conversation = converse(channel, said, commands, from_service, &told_to_stop);
     let mut conversation = std::pin::pin!(conversation);
     // Both on this task: the resolver's end is the worker's, and a channel that fails is too.
     tokio::select! {
         ended = serving.as_mut() => {
             ended.context("the resolver ended")?;
-            bail!("the resolver ended without being told to");
+            if !told_to_stop.get() {
+                bail!("the resolver ended without being told to");
+            }
+            Ok(())
         }
-        result = conversation.as_mut() => if !result? {
-            // Nobody is left to serve for.
-            return Ok(());
-        },
+        // Nobody is left to serve for.
+        result = conversation.as_mut() => result,
     }
-    serving.await.context("the resolver ended while it was being stopped")
 }
 
-/// Talks until the supervisor says stop; `false` if it is gone.
+/// Talks until the supervisor is gone: also after it has said stop, since what is on its way to the disk then wants its answer.
 async fn converse(
     channel: Arc<Channel>,
     said: mpsc::Sender<FromWorker>,
     commands: mpsc::Sender<Command>,
     mut commits: mpsc::Receiver<Commit>,
-) -> anyhow::Result<bool> {
+    told_to_stop: &Cell<bool>,
+) -> anyhow::Result<()> {
     let mut hears = hear(channel);
     let mut waiting: BTreeMap<u64, oneshot::Sender<Result<(), String>>> = BTreeMap::new();
     let mut next = 0;
@@ -60,7 +62,7 @@ async fn converse(
     loop {
         tokio::select! {
             received = hears.recv() => {
-                let Some((message, descriptors)) = received.transpose()?.flatten() else { return Ok(false) };
+                let Some((message, descriptors)) = received.transpose()?.flatten() else { return Ok(()) };
                 match message {
                     ToWorker::Ping { id } => ask(&commands, Command::Ping, said.clone(), move |()| FromWorker::Pong { id }).await,
                     ToWorker::Ask { id, question: Question::Dns64(request) } => {
@@ -83,8 +85,8 @@ async fn converse(
                         Durable::Drain { .. } => bail!("the supervisor said what is not for the resolver"),
                     },
                     ToWorker::Stop { grace_ms } => {
+                        told_to_stop.set(true);
                         let _ = commands.send(Command::Stop { grace: Duration::from_millis(grace_ms) }).await;
-                        return Ok(true);
                     }
                     ToWorker::Start(_) | ToWorker::Metrics { .. } | ToWorker::HandOver { .. } | ToWorker::Ask { .. } => {
                         bail!("the supervisor said what is not for the resolver")

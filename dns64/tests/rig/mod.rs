@@ -20,9 +20,9 @@ use std::{
 
 use dns64::{
     Config,
-    io::service::{self, Command, Commit, Links, Memory, Opened},
-    status::{Answer, Durable, Request, Resolved, Status},
-    zone::{Algorithm, Key},
+    io::service::{self, Command, Commit, Links, Opened},
+    status::{Answer, Request, Resolved, Status},
+    zone::{Algorithm, Durable, Key, Memory},
 };
 use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},

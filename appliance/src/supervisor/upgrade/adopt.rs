@@ -188,6 +188,7 @@ async fn adopt(
             since: instant_of(worker.since_ms),
             restarts: worker.restarts,
             last_end: worker.last_end.clone(),
+            owed: worker.owed.clone(),
         };
         running.push((worker.role, spec, was));
     }

@@ -72,6 +72,9 @@ pub(super) struct Worker {
     pub(super) since_ms: u64,
     pub(super) restarts: u64,
     pub(super) last_end: Option<String>,
+    /// Answers to what it wanted to be durable, by number.
+    #[serde(default)]
+    pub(super) owed: Vec<(u64, Result<(), String>)>,
 }
 
 /// The configuration in effect, and the one to go back to.
@@ -263,6 +266,7 @@ mod tests {
                 since_ms: 9,
                 restarts: 1,
                 last_end: Some("killed by signal 9".into()),
+                owed: vec![(3, Ok(()))],
             }],
             config: Config {
                 text: "version = 1\n".into(),
