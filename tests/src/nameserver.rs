@@ -505,7 +505,12 @@ pub fn ask(socket: &UdpSocket, query: &[u8], patience: Duration) -> io::Result<(
             return Err(io::ErrorKind::TimedOut.into());
         }
         socket.set_read_timeout(Some(left))?;
-        let length = socket.recv(&mut bytes)?;
+        let length = match socket.recv(&mut bytes) {
+            Ok(length) => length,
+            // With a time limit the kernel does not begin again by itself when a child's end interrupts it (signal(7)).
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
         match Reply::of(&bytes[..length]) {
             Some(reply) if Some(reply.id) == u16_at(query, 0) => return Ok((reply, begin.elapsed())),
             _ => {}

@@ -336,19 +336,9 @@ fn count(list: &serde_json::Value, name: &str) -> u64 {
 
 fn asks(socket: &UdpSocket, name: &str, kind: u16) -> Result<()> {
     static SERIAL: AtomicUsize = AtomicUsize::new(0);
-    // As a stub resolver: once more if nothing comes, since 130,000 datagrams may keep both cores busy for longer.
-    let mut answer = None;
-    for _ in 0..3 {
-        let id = SERIAL.fetch_add(1, Ordering::Relaxed) as u16;
-        match nameserver::ask(socket, &nameserver::query(id, name, kind), PATIENCE) {
-            Ok((reply, _)) => {
-                answer = Some(reply);
-                break;
-            }
-            Err(error) => println!("{name}: asked again: {error}"),
-        }
-    }
-    let reply = answer.with_context(|| name.to_owned())?;
+    let id = SERIAL.fetch_add(1, Ordering::Relaxed) as u16;
+    let (reply, _) =
+        nameserver::ask(socket, &nameserver::query(id, name, kind), PATIENCE).with_context(|| name.to_owned())?;
     let wanted: IpAddr = if kind == A { HONEST } else { "2001:db8:64::c000:201" }.parse()?;
     ensure!(reply.code == 0 && reply.addresses == [wanted], "{name}: {reply:?}");
     Ok(())
