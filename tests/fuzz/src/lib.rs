@@ -29,6 +29,11 @@ mod appliance {
     }
 }
 
+/// As the appliance's files name it.
+#[path = "../../../appliance/src/endpoint.rs"]
+#[allow(dead_code, reason = "messages hold such places, and no target makes one")]
+mod endpoint;
+
 /// The one file of the balancer's shell that reads what another process wrote.
 #[path = "../../../lb/src/io"]
 mod io {
