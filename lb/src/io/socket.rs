@@ -137,9 +137,6 @@ pub(crate) fn connect(address: SocketAddr) -> Result<OwnedFd, rustix::io::Errno>
         SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
         None,
     )?;
-    // The client has the first word, so the handshake's last ACK may travel with it: one packet less. If it is silent, the
-    // ACK goes alone after 200 ms.
-    let _ = sockopt::set_tcp_quickack(&socket, false);
     match rustix::net::connect(&socket, &address) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
