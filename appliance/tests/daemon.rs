@@ -606,7 +606,12 @@ impl Clients {
                             let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
                             let _ = stream.read(&mut [0; 16]);
                         }
-                        Err(_) => drop(refused.fetch_add(1, Ordering::Relaxed)),
+                        // Accepted by a worker that ended before this thread ran on: a session that was reset, as above.
+                        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+                        Err(error) => {
+                            eprintln!("not accepted: {error}");
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
                     }
                     std::thread::sleep(Duration::from_millis(2));
                 }
