@@ -1,7 +1,7 @@
 //! The socket pair between the supervisor and one worker: typed, length-limited messages that may carry descriptors.
 //!
 //! ```text
-//! message = JSON, at most 4 MiB, with at most 1024 descriptors
+//! message = JSON, at most 16 MiB, with at most 1024 descriptors
 //! packet  = 1 byte (0 = last, 1 = more follow) + at most 60 KiB of the JSON, with at most 250 descriptors
 //! ```
 //! The socket keeps packet boundaries (SOCK_SEQPACKET). Whatever the other side sends is a message or an [`Error`]; an

@@ -63,6 +63,9 @@ pub enum ClientError {
     /// edged said no.
     #[error("{}", .0.message)]
     Refused(Refusal),
+    /// The user may not ask that; nothing was done.
+    #[error("{}", .0.message)]
+    Forbidden(Refusal),
 }
 
 /// A control socket to ask.
@@ -172,6 +175,7 @@ impl Client {
             return Ok(body);
         }
         match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(ErrorBody { error }) if status == StatusCode::FORBIDDEN => Err(ClientError::Forbidden(error)),
             Ok(ErrorBody { error }) => Err(ClientError::Refused(error)),
             Err(_) => Err(ClientError::Foreign(format!("HTTP {status}"))),
         }

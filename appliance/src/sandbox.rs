@@ -8,8 +8,8 @@
 //! | the filesystem, TCP listeners, signals to others, abstract sockets | Landlock, as far as the kernel has it |
 //! | system calls that the role does not need | seccomp, see [`filter`] |
 //!
-//! The user ids are 64810 (`lb`) and 64811 (`web`), their group ids the same. They need no entry in /etc/passwd and
-//! must not be given to anyone else.
+//! The user ids are 64810 (`lb`), 64811 (`web`) and 64812 (`dns64`), their group ids the same. They need no entry in
+//! /etc/passwd and must not be given to anyone else.
 //!
 //! [`enter`] then reads back what the kernel says and refuses to go on if it is not so.
 

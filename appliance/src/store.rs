@@ -12,7 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use dns64::zone::{Change, Durable, Memory, Owner};
+use dns64::zone::{Change, Durable, Key, Memory, Owner};
 use lb::io::Drain;
 use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -424,8 +424,21 @@ impl Store for RedbStore {
                     keep_change(transaction, change)?;
                 }
                 let name = name.to_string();
-                transaction.open_table(KEYS)?.remove(name.as_str())?;
+                let mut keys = transaction.open_table(KEYS)?;
+                let removed = keys.remove(name.as_str())?;
+                let removed: Option<Key> = removed.map(|value| json(&name, value.value())).transpose()?;
                 transaction.open_table(SIGNED)?.retain(|(_, key), _| key != name)?;
+                let Some(Key { node, .. }) = removed else { return Ok(()) };
+                for entry in keys.iter()? {
+                    let (name, value) = entry?;
+                    let other: Key = json(name.value(), value.value())?;
+                    if other.node == node {
+                        return Ok(());
+                    }
+                }
+                // It was the node's last: nobody could remove its records later, also in zones that are not configured now.
+                let node = node.to_string();
+                transaction.open_table(NODES)?.retain(|(_, owner), _| owner != node)?;
                 Ok(())
             }
         })

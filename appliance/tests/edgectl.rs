@@ -247,6 +247,7 @@ fn dns(request: dns64::status::Request, status: dns64::status::Status) -> dns64:
                 let message = "dead.example.org. AAAA has no answer: no upstream answers";
                 return dns64::status::Answer::Refused {
                     message: message.into(),
+                    bad_request: false,
                 };
             }
             let record =
@@ -272,7 +273,7 @@ fn dns(request: dns64::status::Request, status: dns64::status::Status) -> dns64:
             ] }],
         }),
         Request::AddKey { node, .. } if node == "api" => {
-            serde_json::json!({ "answer": "refused", "message": "api.fleet. is the edge's" })
+            serde_json::json!({ "answer": "refused", "message": "api.fleet. is the edge's", "bad_request": true })
         }
         Request::AddKey { node, algorithm } => serde_json::json!({
             "answer": "key", "file": "key \"key2.n1.fleet.\" {\n};\n",
@@ -451,7 +452,7 @@ fn a_key_is_told_once_and_never_written_over_a_file() {
     // What could not be made leaves no file behind.
     let file = daemon.dir.join("api.key");
     let output = daemon.run(&["dns", "key", "add", "api", "--out", &file.display().to_string()]);
-    assert_eq!((output.status.code(), file.exists()), (Some(1), false));
+    assert_eq!((output.status.code(), file.exists()), (Some(2), false));
     assert_eq!(err(&output), "edgectl: api.fleet. is the edge's\n");
 
     // A program that wants a file gets the secret there and nowhere else.

@@ -192,10 +192,15 @@ impl Cache {
 
     /// Forgets every answer about `name` and what is below it.
     pub fn flush_below(&self, name: &Name) -> usize {
-        let Some(wanted) = wire_name(name) else { return 0 };
+        self.flush_below_all([name])
+    }
+
+    /// Forgets every answer about any of `names` and what is below them, in one pass.
+    pub fn flush_below_all<'a>(&self, names: impl IntoIterator<Item = &'a Name>) -> usize {
+        let wanted: Vec<Vec<u8>> = names.into_iter().filter_map(wire_name).collect();
         self.remove_if(|mut name| {
             loop {
-                if name == wanted {
+                if wanted.iter().any(|wanted| name == wanted) {
                     return true;
                 }
                 let label = name.first().map_or(0, |length| usize::from(*length));

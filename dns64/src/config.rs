@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    marker::PhantomData,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     str::FromStr,
@@ -38,6 +39,7 @@ const WEEK: Duration = Duration::from_secs(7 * 86_400);
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Addresses to answer on, over UDP and TCP.
+    #[serde(deserialize_with = "some")]
     pub listen: Vec<At<SocketAddr>>,
     /// The prefixes under which IPv4 addresses appear (RFC 6052), one AAAA each; `[]` = no synthesis. Default: ["64:ff9b::/96"].
     #[serde(default)]
@@ -52,10 +54,10 @@ pub struct Config {
     #[serde(default)]
     pub upstreams: Vec<At<Url>>,
     /// Servers for the names at and below a domain, instead of `upstreams`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "once")]
     pub forward: BTreeMap<At<Domain>, Vec<At<Url>>>,
     /// Addresses of single names, as in /etc/hosts; a name without AAAA gets synthesised ones too.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "once")]
     pub hosts: BTreeMap<At<Domain>, Vec<IpAddr>>,
     /// AAAA records within these networks do not count and are not passed on. Default: ["::ffff:0:0/96"].
     #[serde(default)]
@@ -116,10 +118,10 @@ pub struct Zone {
     #[serde(default)]
     pub addresses: Option<Vec<IpAddr>>,
     /// Further names, below the zone, and their addresses; no node may have them.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "once")]
     pub hosts: BTreeMap<At<Domain>, Vec<IpAddr>>,
     /// Further names, below the zone, and the name that each stands for: below the zone, or with a final dot anywhere.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "once")]
     pub aliases: BTreeMap<At<Domain>, At<Target>>,
     /// TTL of the records in it. Default: 30m.
     #[serde(default)]
@@ -318,6 +320,16 @@ impl Config {
                     "name at least one server, or remove the key",
                 );
             }
+            if let Some(zone) = self.zone.iter().find(|zone| zone.name.0.zone_of(&domain.0)) {
+                faults.error(
+                    domain,
+                    format!(
+                        "\"{}\" is answered here, by zone \"{}\": nothing would be forwarded",
+                        domain.value, zone.name.value
+                    ),
+                    "remove the key, or give the zone another name",
+                );
+            }
         }
         let is_own = |address: SocketAddr| {
             let all = |own: IpAddr| own.is_unspecified() && address.ip().is_loopback();
@@ -413,6 +425,18 @@ impl Config {
             if name.0.is_root() {
                 faults.error(name, "the root is no zone of nodes", "write name = \"fleet\"");
             }
+            let nets: Vec<Ipv6Net> = zone.prefixes.iter().filter_map(|at| v6(at.net())).collect();
+            let inside = |address: IpAddr| match address {
+                IpAddr::V6(address) => nets.iter().any(|net| net.contains(&address)),
+                IpAddr::V4(_) => false,
+            };
+            if zone.addresses.is_none() && !nets.is_empty() && !self.listen.iter().any(|at| inside(at.ip())) {
+                faults.warn(
+                    name,
+                    "no address of `listen` lies in its prefixes: the edge's names (edge, ns, api) have none, and a node may take the edge's",
+                    "write addresses = [\"fd0d::1\"] with the edge's own, or addresses = [] if it has none there",
+                );
+            }
             lasts(faults, &zone.ttl, WEEK);
             lasts(faults, &zone.negative_ttl, DAY);
             zone.check_names(faults);
@@ -474,6 +498,17 @@ impl Zone {
                     "write a shorter one",
                 );
             }
+        }
+        let twice = |at: &&At<Domain>| self.name.0.zone_of(&at.0);
+        for at in keys().chain(&self.edge).filter(twice) {
+            faults.error(
+                at,
+                format!(
+                    "\"{}\" would be \"{}.{}\": names here are below the zone",
+                    at.value, at.value, self.name.value
+                ),
+                format!("write it without \".{}\"", self.name.value),
+            );
         }
         let empty = |at: &&At<Domain>| at.0.is_root();
         for at in keys().filter(empty) {
@@ -545,6 +580,50 @@ impl Zone {
         }
         config
     }
+}
+
+/// A list that is not empty.
+fn some<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<At<SocketAddr>>, D::Error> {
+    let all = Vec::<At<SocketAddr>>::deserialize(deserializer)?;
+    if all.is_empty() {
+        return Err(de::Error::custom(
+            "no address to answer on; write one such as \"[::1]:53\", or remove the section",
+        ));
+    }
+    Ok(all)
+}
+
+/// A table in which no name is written twice: upper and lower case are the same, which TOML does not know.
+fn once<'de, D, V>(deserializer: D) -> Result<BTreeMap<At<Domain>, V>, D::Error>
+where
+    D: Deserializer<'de>,
+    V: Deserialize<'de>,
+{
+    struct Once<V>(PhantomData<V>);
+
+    impl<'de, V: Deserialize<'de>> de::Visitor<'de> for Once<V> {
+        type Value = BTreeMap<At<Domain>, V>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table of names")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut all = BTreeMap::new();
+            while let Some((name, value)) = map.next_entry::<At<Domain>, V>()? {
+                if all.contains_key(&name) {
+                    return Err(de::Error::custom(format!(
+                        "\"{}\" is written twice: names that differ in case only are the same; leave one of them out",
+                        name.value
+                    )));
+                }
+                all.insert(name, value);
+            }
+            Ok(all)
+        }
+    }
+
+    deserializer.deserialize_map(Once(PhantomData))
 }
 
 fn within(
@@ -730,7 +809,7 @@ prefixes = ["fd0d::/64"]
 
     #[test]
     fn what_is_not_written_has_the_documented_default() {
-        let config = parse("listen = []");
+        let config = parse("listen = [\"[::1]:53\"]");
         assert_eq!(config.rules().mappings.len(), 1);
         assert_eq!(
             config.rules().exclude_aaaa,
@@ -751,8 +830,8 @@ prefixes = ["fd0d::/64"]
                 burst: 5
             }
         );
-        assert!(!config.uses_tls() && config.zones().is_empty() && crate::needs(&config, 4).is_empty());
-        let zone = parse("listen = []\n[[zone]]\nprefixes = [\"fd0d::/64\", \"fd0e::/64\"]");
+        assert!(!config.uses_tls() && config.zones().is_empty() && crate::needs(&config, 4).len() == 2);
+        let zone = parse("listen = [\"[::1]:53\"]\n[[zone]]\nprefixes = [\"fd0d::/64\", \"fd0e::/64\"]");
         assert_eq!(zone.zone[0].name.to_string(), "fleet");
         let allowed: Vec<String> = zone.allowed().iter().map(ToString::to_string).collect();
         assert_eq!(allowed, ["127.0.0.0/8", "::1/128", "fd0d::/64", "fd0e::/64"]);
@@ -762,7 +841,7 @@ prefixes = ["fd0d::/64"]
     fn every_rule_reaches_the_core() {
         let config = parse(
             r#"
-listen = []
+listen = ["[::1]:53"]
 prefixes = ["64:ff9b::/96", "2001:db8:64::/48"]
 exclude_aaaa = ["2001:db8:bad::/48"]
 exclude_a = ["198.51.100.0/24", "203.0.113.7"]
@@ -799,8 +878,18 @@ ca_file = "/etc/ca.pem"
         let limit = Limit::from(config.rate_limit.value);
         assert_eq!((limit.same, limit.all, limit.burst), (7, 0, 5));
         assert_eq!(config.ca_file().value, PathBuf::from("/etc/ca.pem"));
-        assert!(parse("listen = []\nprefixes = []").rules().mappings.is_empty());
-        assert!(parse("listen = []\nexclude_aaaa = []").rules().exclude_aaaa.is_empty());
+        assert!(
+            parse("listen = [\"[::1]:53\"]\nprefixes = []")
+                .rules()
+                .mappings
+                .is_empty()
+        );
+        assert!(
+            parse("listen = [\"[::1]:53\"]\nexclude_aaaa = []")
+                .rules()
+                .exclude_aaaa
+                .is_empty()
+        );
     }
 
     #[test]
@@ -845,8 +934,7 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
 
     #[test]
     fn keys_of_tables_know_their_places_and_differ_in_nothing_but_their_value() {
-        let text =
-            "listen = []\n[hosts]\n\"b.example\" = [\"192.0.2.1\"]\n\"A.example\" = [\"192.0.2.2\", \"2001:db8::1\"]";
+        let text = "listen = [\"[::1]:53\"]\n[hosts]\n\"b.example\" = [\"192.0.2.1\"]\n\"A.example\" = [\"192.0.2.2\", \"2001:db8::1\"]";
         let config = parse(text);
         let hosts: Vec<(String, &str)> = config
             .hosts
@@ -948,13 +1036,24 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
                 "the zone's own name has the records",
             ),
             (
+                &zone("hosts = { \"nas.fleet\" = [\"fd0d::2\"] }"),
+                "\"nas.fleet\"",
+                "would be \"nas.fleet.fleet\"",
+            ),
+            (
+                &format!("forward = {{ \"fleet\" = [\"udp://192.0.2.54\"] }}\n{}", zone("")),
+                "\"fleet\"",
+                "nothing would be forwarded",
+            ),
+            (
                 &zone("hosts = { \"*\" = [\"fd0d::2\"] }"),
                 "\"*\"",
                 "cannot have a static AAAA",
             ),
         ] {
             let text = format!("{GOOD}{text}");
-            let faults = parse(&text).check();
+            let mut faults = parse(&text).check();
+            faults.retain(|fault| !fault.message.contains("no address of `listen`"));
             let [fault] = faults.as_slice() else {
                 panic!("{text}: {faults:?}")
             };
@@ -967,6 +1066,21 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
             assert_eq!(&text[fault.span.clone()], place, "{text}");
             assert!(!fault.help.is_empty());
             assert_eq!(fault.warning, says.starts_with("warning"), "{text}");
+        }
+        for (listen, warns) in [("[::1]:53", true), ("[::]:53", true), ("[fd0d::1]:53", false)] {
+            let text = format!(
+                "listen = [\"{listen}\"]\nupstreams = [\"udp://192.0.2.53\"]\n{}",
+                zone("")
+            );
+            let faults = parse(&text).check();
+            assert!(faults.iter().all(|fault| fault.warning), "{faults:?}");
+            assert_eq!(
+                !faults.is_empty(),
+                warns,
+                "{listen}: a node could take the edge's address"
+            );
+            let told = format!("{text}addresses = [\"fd0d::1\"]\n");
+            assert_eq!(parse(&told).check(), [], "{listen}");
         }
         let long = "a.".repeat(126);
         let text = format!("{GOOD}{}", zone(&format!("hosts = {{ \"{long}\" = [\"fd0d::2\"] }}")));
@@ -1014,15 +1128,30 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
     fn what_has_no_form_is_refused_where_it_stands() {
         for (text, place) in [
             ("listen = [\"somewhere\"]", "\"somewhere\""),
-            ("listen = []\nprefixes = [\"64:ff9b::/95\"]", "\"64:ff9b::/95\""),
-            ("listen = []\nupstreams = [\"192.0.2.53\"]", "\"192.0.2.53\""),
-            ("listen = []\nallow = [\"all\"]", "\"all\""),
-            ("listen = []\nforward = { \"a..b\" = [] }", "\"a..b\""),
-            ("listen = []\nexclude_names = [\"\"]", "\"\""),
-            ("listen = []\nmax_ttl = \"soon\"", "\"soon\""),
-            ("listen = []\nunknown = 1", "unknown"),
-            ("listen = []\nrate_limit = { sme = 1 }", "sme"),
-            ("listen = []\n[[zone]]\nprefix = []", "prefix"),
+            (
+                "listen = [\"[::1]:53\"]\nprefixes = [\"64:ff9b::/95\"]",
+                "\"64:ff9b::/95\"",
+            ),
+            (
+                "listen = [\"[::1]:53\"]\nupstreams = [\"192.0.2.53\"]",
+                "\"192.0.2.53\"",
+            ),
+            ("listen = [\"[::1]:53\"]\nallow = [\"all\"]", "\"all\""),
+            ("listen = [\"[::1]:53\"]\nforward = { \"a..b\" = [] }", "\"a..b\""),
+            ("listen = [\"[::1]:53\"]\nexclude_names = [\"\"]", "\"\""),
+            ("listen = [\"[::1]:53\"]\nmax_ttl = \"soon\"", "\"soon\""),
+            ("listen = []", "[]"),
+            (
+                "listen = [\"[::1]:53\"]\nhosts = { nas = [], NAS = [] }",
+                "{ nas = [], NAS = [] }",
+            ),
+            (
+                "listen = [\"[::1]:53\"]\n[[zone]]\nprefixes = []\naliases = { a = \"b\", A = \"c\" }",
+                "{ a = \"b\", A = \"c\" }",
+            ),
+            ("listen = [\"[::1]:53\"]\nunknown = 1", "unknown"),
+            ("listen = [\"[::1]:53\"]\nrate_limit = { sme = 1 }", "sme"),
+            ("listen = [\"[::1]:53\"]\n[[zone]]\nprefix = []", "prefix"),
         ] {
             let error = toml::from_str::<Config>(text).expect_err(text);
             let span = error.span().expect("a place");

@@ -109,7 +109,8 @@ impl Front {
             Parsed::Query(query) => (query, None),
             Parsed::Reject(query, code) => (query, Some(code)),
             Parsed::Whole if allowed => return self.whole(turn, transport, source),
-            Parsed::Whole | Parsed::Silence => return Verdict::Silence(Silence::Ignored),
+            Parsed::Whole => return reply(refuse(message, out), Reply::Rejected),
+            Parsed::Silence => return Verdict::Silence(Silence::Ignored),
         };
         let cookie = turn
             .cookies
@@ -141,10 +142,16 @@ impl Front {
         }
     }
 
-    /// A message that is decoded elsewhere. All of a network count as one question: whoever looks at them has more work than
-    /// with any other, and nothing as short as itself would tell their sender to come again.
+    /// A message that is decoded elsewhere. All of an address count as one question: whoever looks at them has more work than
+    /// with any other, and nothing as short as itself would tell their sender to come again. Not those of a network, where
+    /// one could keep all nodes from registering.
     fn whole(&self, turn: &Turn, transport: Transport, source: IpAddr) -> Verdict {
-        let passes = || matches!(self.rate.check(source, WHOLE, turn.now), rate::Verdict::Pass);
+        let bits = match source.to_canonical() {
+            IpAddr::V4(address) => address.to_bits().into(),
+            IpAddr::V6(address) => address.to_bits(),
+        };
+        let question = WHOLE ^ (bits as u64) ^ ((bits >> 64) as u64).rotate_left(32);
+        let passes = || matches!(self.rate.check(source, question, turn.now), rate::Verdict::Pass);
         if transport == Transport::Tcp || passes() {
             Verdict::Ask(Terms::bare(transport))
         } else {
@@ -164,6 +171,14 @@ impl Terms {
             cookie: None,
         }
     }
+}
+
+/// REFUSED to a message that is not decoded: its header, and nothing else.
+fn refuse(message: &[u8], out: &mut [u8]) -> Option<usize> {
+    let (header, _) = out.split_first_chunk_mut::<12>()?;
+    let &[high, low, flags, ..] = message else { return None };
+    *header = [high, low, 0x80 | (flags & 0x78), 5, 0, 0, 0, 0, 0, 0, 0, 0];
+    Some(header.len())
 }
 
 /// The shortest answer that the real client understands: BADCOOKIE, if it knows cookies and so can come again with the one
@@ -211,10 +226,9 @@ pub(crate) mod tests {
         assert_eq!(reply.metadata.response_code, ResponseCode::Refused);
         let mut update = asked;
         update[2] = 5 << 3;
-        assert!(matches!(
-            look(&front, Transport::Tcp, &update, OUTSIDER).0,
-            Verdict::Silence(_)
-        ));
+        let (_, out) = look(&front, Transport::Tcp, &update, OUTSIDER);
+        assert_eq!(out[..4], [update[0], update[1], 0x80 | 5 << 3, 5], "REFUSED");
+        assert_eq!(out[4..], [0; 8]);
         assert!(matches!(
             look(&front, Transport::Tcp, &update, CLIENT).0,
             Verdict::Ask(_)

@@ -105,6 +105,9 @@ pub enum Answer {
     Refused {
         /// Cause, effect, next command.
         message: String,
+        /// What was asked for can never be had.
+        #[serde(default)]
+        bad_request: bool,
     },
 }
 

@@ -377,8 +377,12 @@ impl Zone {
             }
         }
         let mut outcome = update::outcome(zone, &updates);
-        let Some(sets) = outcome.remove(node) else {
-            return Ok(None);
+        let left_out = || self.left_out.iter().any(|(owner, _)| *owner == signed.node);
+        let sets = match outcome.remove(node) {
+            Some(sets) => sets,
+            // What is kept and not served goes: what is served is all that the node has.
+            None if !updates.is_empty() && left_out() => zone.sets(node).cloned().unwrap_or_default(),
+            None => return Ok(None),
         };
         policy::count(&sets, self.limits)?;
         Ok(Some(self.change(
@@ -406,6 +410,10 @@ impl Zone {
                 is,
                 made_from: change.base,
             });
+        }
+        let node = change.node.name();
+        if self.left_out.iter().any(|(owner, _)| owner.name() == node) {
+            self.holders.retain(|_, holder| holder != node);
         }
         self.left_out.retain(|(node, _)| *node != change.node);
         self.set_node(change.node.name(), state::to_sets(&change.records));
@@ -546,6 +554,12 @@ impl Zone {
             };
             if let Some(refused) = refused {
                 self.left_out.push((node.clone(), refused));
+                // They stay its own: nobody may get them who would have to give them back.
+                for address in state::addresses(&state::to_sets(records)) {
+                    if self.may_have(node.name(), address).is_ok() {
+                        self.holders.insert(address, node.name().clone());
+                    }
+                }
                 continue;
             }
             let mut sets = state::to_sets(records);

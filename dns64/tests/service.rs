@@ -505,7 +505,8 @@ fn outsiders_get_silence_over_udp_and_refused_over_tcp() {
     assert_eq!(dns.status().tcp.denied, 1);
     let mut stream = dns.connect();
     write(&mut stream, &[update("node1.fleet 300 AAAA fd0d::11")]);
-    assert!(read(&mut stream).is_none(), "an update of a stranger is nothing");
+    assert_eq!(shown(&read(&mut stream).expect("an answer")), "REFUSED");
+    assert!(read(&mut stream).is_none(), "then it ends");
 }
 
 #[test]
@@ -834,7 +835,7 @@ fn keys_are_made_used_and_taken_back() {
         })
     };
     dns.set_disk(Disk::Full);
-    let Answer::Refused { message } = add("node1") else {
+    let Answer::Refused { message, .. } = add("node1") else {
         panic!("no disk, no key")
     };
     assert!(message.contains("no space left"), "{message}");

@@ -1,7 +1,7 @@
 //! Packets put together to a message: what the channel makes of bytes, whoever sent them. Pure, so that it can be fuzzed.
 
 /// Most bytes of one message.
-pub const MAX_MESSAGE: usize = 4 << 20;
+pub const MAX_MESSAGE: usize = 16 << 20;
 /// Most bytes of a message in one packet.
 pub(crate) const CHUNK: usize = 60 << 10;
 

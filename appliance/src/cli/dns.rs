@@ -77,7 +77,13 @@ pub(super) async fn zones(client: &Client, out: Out, name: Option<String>) -> Re
             }
             Ok(0)
         }
-        (_, Answer::Refused { message }) => {
+        (
+            _,
+            Answer::Refused {
+                message,
+                bad_request: false,
+            },
+        ) => {
             let (Some(name), Ok((_, Answer::Zones { zones }))) =
                 (name, ask(client, Request::Zones { name: None }).await)
             else {
@@ -164,12 +170,13 @@ fn create(path: &Path) -> Result<File, Fail> {
     })
 }
 
-/// A change that got no answer may have been made all the same.
+/// A change that got no answer, or one from edged instead of the resolver, may have been made all the same.
 fn uncertain(error: ClientError) -> Fail {
-    let open = matches!(
-        error,
-        ClientError::Slow | ClientError::Broken(_) | ClientError::Foreign(_)
-    );
+    let open = match &error {
+        ClientError::Slow | ClientError::Broken(_) | ClientError::Foreign(_) => true,
+        ClientError::Refused(refusal) => !refusal.bad_request,
+        _ => false,
+    };
     let fail = Fail::from(error);
     if open {
         let message = format!(
@@ -287,7 +294,13 @@ pub(super) async fn key_rm(client: &Client, out: Out, name: String) -> Result<u8
             ));
             Ok(0)
         }
-        (_, Answer::Refused { message }) => {
+        (
+            _,
+            Answer::Refused {
+                message,
+                bad_request: false,
+            },
+        ) => {
             let Ok((_, Answer::Keys { keys })) = ask(client, Request::Keys).await else {
                 return Err(Fail::could_not(message));
             };
@@ -344,7 +357,11 @@ async fn ask(client: &Client, request: Request) -> Result<(Value, Answer), Fail>
 
 fn unexpected(answer: Answer) -> Fail {
     match answer {
-        Answer::Refused { message } => Fail::could_not(message),
+        Answer::Refused {
+            message,
+            bad_request: true,
+        } => Fail::bad_input(message),
+        Answer::Refused { message, .. } => Fail::could_not(message),
         other => Fail::could_not(format!(
             "edged answered another question ({}); are edgectl and edged of the same release? edgectl version",
             versioned(&other)

@@ -203,6 +203,7 @@ fn dns(status: &Status, out: Out) -> String {
     let asked = dns.udp.hits.saturating_add(dns.udp.misses);
     let known = dns.udp.hits.saturating_mul(100).checked_div(asked);
     let mut facts = vec![match known {
+        Some(percent) if asked == 1 => format!("1 question, {percent} % known"),
         Some(percent) => format!("{} questions, {percent} % known", count(asked)),
         None => "no questions yet".into(),
     }];

@@ -36,6 +36,7 @@ use super::{
 use crate::{
     api::{self, Author, Op, WorkerStatus},
     build::{self, Build},
+    channel::MAX_MESSAGE,
     sandbox,
     worker::{
         Role,
@@ -58,9 +59,9 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// configuration holds, and low enough that a worker gone wrong cannot fill the disk.
 const NAME: usize = 300;
 const DRAINS: usize = 4096;
-/// Most nodes and keys, and records of one node, likewise.
-const NODES: usize = 65_536;
-const RECORDS: usize = 256;
+/// Octets of names and keys of nodes in all ([`dns64::zone::Memory::weight`]), likewise: far more than Kubernetes is made for
+/// (5,000 nodes), and little enough for one message, also with what is said of it to an operator.
+const NODES: usize = MAX_MESSAGE / 2;
 /// Questions of the metrics page that may be on their way.
 const PAGES: usize = 8;
 
@@ -161,6 +162,8 @@ struct Actor {
     seen: Arc<Mutex<Seen>>,
     ready: Option<oneshot::Sender<()>>,
     incarnation: u64,
+    /// Things that are on their way to the disk.
+    committing: usize,
     pages: usize,
     stopped: Option<oneshot::Sender<()>>,
     /// The process to begin with, if it runs already.
@@ -254,6 +257,7 @@ impl Keeper {
             seen: Arc::clone(&seen),
             ready,
             incarnation: 0,
+            committing: 0,
             pages: 0,
             stopped: None,
             adopted,
@@ -359,7 +363,7 @@ impl Actor {
             let delay = backoff.after(started.elapsed(), ended.ready && ended.killed);
             lock(&self.seen).restarts += 1;
             tracing::warn!(role = %self.role, how = ended.how, again_in_ms = delay.as_millis(), "worker ended");
-            if !delay.is_zero() && !self.wait(delay).await {
+            if !self.wait(delay).await {
                 break;
             }
         }
@@ -397,12 +401,17 @@ impl Actor {
         }
     }
 
-    /// Waits before the next start; `false` = there is to be none.
+    /// Waits before the next start, and for what is on its way to the disk, with which it is to start; `false` = there is
+    /// to be no start.
     async fn wait(&mut self, delay: Duration) -> bool {
         let until = tokio::time::Instant::now() + delay;
         loop {
+            let settled = until + if self.committing > 0 { SETTLE } else { Duration::ZERO };
+            if settled <= tokio::time::Instant::now() {
+                return true;
+            }
             tokio::select! {
-                () = tokio::time::sleep_until(until) => return true,
+                () = tokio::time::sleep_until(settled) => return true,
                 Some(message) = self.inbox.recv() => match message {
                     // Perhaps it cures what keeps the worker from running.
                     Message::Reload { spec, reply } => {
@@ -415,8 +424,9 @@ impl Actor {
                     }
                     Message::Kept { durable, .. } => self.links.kept.keep(*durable),
                     Message::PageDone => self.pages = self.pages.saturating_sub(1),
+                    Message::ToWorker { message, .. } => self.settled(&message),
                     // Dropping the way back is the answer.
-                    Message::Ask { .. } | Message::ToWorker { .. } | Message::Replace { .. } | Message::Release { .. } => {}
+                    Message::Ask { .. } | Message::Replace { .. } | Message::Release { .. } => {}
                 },
             }
         }
@@ -474,13 +484,13 @@ impl Actor {
         lock(&self.seen).build = Some(build::own());
         let (process, heard) = Process::start(self.role)?;
         self.look("starting", Some(process.pid()));
-        let (start, descriptors) = self.start_message(None);
+        let (start, descriptors) = self.start_message(None, false);
         process.say(start, descriptors);
         Ok((process, heard))
     }
 
-    /// What a process is started with; `inherit` leads to its predecessor.
-    fn start_message(&self, inherit: Option<OwnedFd>) -> (ToWorker, Vec<Arc<OwnedFd>>) {
+    /// What a process is started with: a successor beside one that still runs, or not; `inherit` leads to that one.
+    fn start_message(&self, inherit: Option<OwnedFd>, successor: bool) -> (ToWorker, Vec<Arc<OwnedFd>>) {
         let spec = self.candidate.as_ref().map_or(&self.spec, |candidate| &candidate.spec);
         let (service, sockets) = spec.service(None);
         let state = self.links.state.clone().filter(|_| self.role == Role::Lb);
@@ -491,6 +501,7 @@ impl Actor {
             dns64: self.links.kept.dns64.clone(),
             state: state.is_some(),
             inherit: inherit.is_some(),
+            successor,
             token: spec.token.clone(),
         };
         let descriptors = state.into_iter().chain(inherit.map(Arc::new)).chain(sockets).collect();
@@ -518,7 +529,7 @@ impl Actor {
                     Err(error) => return Over::Because(format!("said what makes no sense: {error}")),
                 },
                 said = successor::says(&mut life.successor) => self.hear_successor(said, process, heard, life),
-                () = at(deadline) => if let Err(why) = Self::too_late(life) { return Over::Because(why) },
+                () = at(deadline) => if let Err(why) = self.too_late(process, heard, life) { return Over::Because(why) },
                 Some(message) = self.inbox.recv() => match message {
                     Message::Stop { grace, done } => {
                         self.stopped = Some(done);
@@ -564,7 +575,7 @@ impl Actor {
                 Err(error) => return Err(format!("it said what makes no sense: {error}")),
             }
         }
-        let owed = self.settle(life).await?;
+        let owed = self.settle().await?;
         let seen = lock(&self.seen);
         Ok(Running {
             owed,
@@ -580,27 +591,59 @@ impl Actor {
     }
 
     /// Waits for what is on its way to the disk; the answers, which the worker cannot be told now.
-    async fn settle(&mut self, life: &mut Life) -> Result<Vec<(u64, Result<(), String>)>, String> {
-        let mut owed = Vec::new();
+    async fn settle(&mut self) -> Result<Vec<(u64, Result<(), String>)>, String> {
+        let (mut owed, mut later) = (Vec::new(), Vec::new());
         let until = tokio::time::Instant::now() + SETTLE;
-        while life.committing > 0 {
+        while self.committing > 0 {
             let Ok(Some(message)) = tokio::time::timeout_at(until, self.inbox.recv()).await else {
-                return Err("the disk keeps it waiting".into());
+                break;
             };
             match message {
                 Message::Kept { durable, .. } => self.links.kept.keep(*durable),
                 Message::ToWorker {
-                    message: ToWorker::Committed { id, result },
-                    ..
+                    incarnation,
+                    message: message @ ToWorker::Committed { .. },
                 } => {
-                    life.committing -= 1;
-                    owed.push((id, result));
+                    self.settled(&message);
+                    if let ToWorker::Committed { id, result } = message
+                        && incarnation == self.incarnation
+                    {
+                        owed.push((id, result));
+                    }
                 }
-                // While a program takes the place of another one nothing else is asked; dropping the way back is an answer.
-                _ => {}
+                other => later.push(other),
             }
         }
-        Ok(owed)
+        let changes = |message: &Message| matches!(message, Message::Stop { .. } | Message::Reload { .. });
+        let why = if self.committing > 0 {
+            "the disk keeps it waiting"
+        } else if later.iter().any(changes) {
+            "it is being changed or stopped"
+        } else {
+            // Questions: dropping the way back is an answer.
+            return Ok(owed);
+        };
+        let outbox = self.outbox.clone();
+        tokio::spawn(async move {
+            for message in later {
+                let _ = outbox.send(message).await;
+            }
+        });
+        Err(why.into())
+    }
+
+    /// Gives what is durable to a successor to change, when the disk has answered its predecessor.
+    fn give(&self, process: &Process, life: &mut Life) {
+        if self.committing == 0 && std::mem::take(&mut life.heir) {
+            process.say(ToWorker::Own, Vec::new());
+        }
+    }
+
+    /// Counts an answer from the disk.
+    fn settled(&mut self, message: &ToWorker) {
+        if matches!(message, ToWorker::Committed { .. }) {
+            self.committing = self.committing.saturating_sub(1);
+        }
     }
 
     fn beat(&self, process: &Process, life: &mut Life) -> Result<(), String> {
@@ -673,19 +716,16 @@ impl Actor {
                 life.wanted = true;
                 return Err("started again for another configuration".into());
             }
-            Message::ToWorker { incarnation, message } if incarnation == self.incarnation => {
-                if matches!(message, ToWorker::Committed { .. }) {
-                    life.committing = life.committing.saturating_sub(1);
+            Message::ToWorker { incarnation, message } => {
+                self.settled(&message);
+                if incarnation == self.incarnation {
+                    process.say(message, Vec::new());
                 }
-                process.say(message, Vec::new());
+                self.give(process, life);
             }
             Message::Kept { incarnation, durable } => self.kept(incarnation, *durable, process, life),
             Message::PageDone => self.pages = self.pages.saturating_sub(1),
-            Message::Ask { .. }
-            | Message::ToWorker { .. }
-            | Message::Stop { .. }
-            | Message::Replace { .. }
-            | Message::Release { .. } => {}
+            Message::Ask { .. } | Message::Stop { .. } | Message::Replace { .. } | Message::Release { .. } => {}
         }
         Ok(())
     }
@@ -722,14 +762,15 @@ impl Actor {
                 }
                 _ => return Err("answered a configuration it was not given".into()),
             },
-            (FromWorker::Commit { id, durable }, role) if self.may_keep(role, &durable) => {
-                life.committing += 1;
-                self.commit(id, *durable);
-            }
+            (FromWorker::Commit { id, durable }, role) if may_keep(role, &durable) => match self.room_for(&durable) {
+                Ok(()) => self.commit(id, *durable),
+                Err(why) => process.say(ToWorker::Committed { id, result: Err(why) }, Vec::new()),
+            },
             (FromWorker::HandedOver { id, result }, Role::Lb) => return Self::handed_over(id, result, life),
             (FromWorker::Metrics { id }, Role::Web) => self.page(id, process),
             (message, role) => {
-                tracing::warn!(%role, ?message, "a worker said what is not for it to say");
+                // Its kind only: a key may be in it.
+                tracing::warn!(%role, said = message.kind(), "a worker said what is not for it to say");
                 return Err("said what is not for it to say".into());
             }
         }
@@ -750,28 +791,28 @@ impl Actor {
         }
     }
 
-    /// Whether a worker of `role` may have `durable` kept, and there is not more of it than anybody could want.
-    fn may_keep(&self, role: Role, durable: &Durable) -> bool {
-        use dns64::zone::Durable as Dns64;
-        let Kept { drains, dns64 } = &self.links.kept;
-        match (role, durable) {
-            (Role::Lb, Durable::Drain { drain, set }) => {
-                drain.frontend.len() <= NAME && drain.backend.len() <= NAME && (!set || drains.len() < DRAINS)
-            }
-            (Role::Dns64, Durable::Dns64(durable)) => match &**durable {
-                Dns64::Zone(change) => {
-                    let nodes: usize = dns64.zones.values().map(|zone| zone.nodes.len()).sum();
-                    change.records.len() <= RECORDS && (nodes < NODES || change.records.is_empty())
-                }
-                Dns64::Key(_) => dns64.keys.iter().count() < NODES,
-                Dns64::KeyRemoved { .. } => true,
-            },
-            _ => false,
+    /// Whether there is not more of what `durable` is than anybody could want.
+    fn room_for(&self, durable: &Durable) -> Result<(), String> {
+        let Kept { drains, dns64, unread } = &self.links.kept;
+        match durable {
+            Durable::Dns64(_) if let Some(why) = unread => Err(format!(
+                "what is kept of nodes could not be read at the start, and nothing is written over it: {why}"
+            )),
+            Durable::Drain { set: true, .. } if drains.len() >= DRAINS => Err(format!(
+                "{DRAINS} drains are kept already, which is the limit; take some back"
+            )),
+            Durable::Dns64(durable) if dns64.growth(durable) > NODES.saturating_sub(dns64.weight()) => Err(format!(
+                "names and keys of nodes take {} of {} MiB; remove keys of nodes that are gone: edgectl dns key rm",
+                dns64.weight() >> 20,
+                NODES >> 20
+            )),
+            _ => Ok(()),
         }
     }
 
     /// Makes something durable and says so.
-    fn commit(&self, id: u64, durable: Durable) {
+    fn commit(&mut self, id: u64, durable: Durable) {
+        self.committing += 1;
         let (vault, outbox, incarnation) = (Arc::clone(&self.links.vault), self.outbox.clone(), self.incarnation);
         tokio::spawn(async move {
             let result = vault.keep(durable.clone()).await;
@@ -854,12 +895,21 @@ struct Life {
     silent: u32,
     pings: u64,
     next: u64,
-    /// Things of it that are on their way to the disk.
-    committing: usize,
     asked: BTreeMap<u64, (Question, oneshot::Sender<Reply>)>,
     reload: Option<(u64, Reload)>,
     reload_since: Option<Instant>,
     successor: Option<Successor>,
+    /// It has not been told yet that what is durable is its own to change.
+    heir: bool,
+}
+
+/// Whether it is for a worker of `role` to have `durable` kept.
+fn may_keep(role: Role, durable: &Durable) -> bool {
+    match (role, durable) {
+        (Role::Lb, Durable::Drain { drain, .. }) => drain.frontend.len() <= NAME && drain.backend.len() <= NAME,
+        (Role::Dns64, Durable::Dns64(_)) => true,
+        _ => false,
+    }
 }
 
 /// What has been kept, for the log.

@@ -33,6 +33,8 @@ pub(super) struct Kept {
     pub(super) drains: BTreeSet<Drain>,
     /// What nodes registered, and their keys.
     pub(super) dns64: Memory,
+    /// That could not be read, and why: what is written must not take the place of what is there.
+    pub(super) unread: Option<String>,
 }
 
 impl Kept {
@@ -155,27 +157,30 @@ impl Vault {
 
     /// What workers have had kept.
     pub(super) async fn kept(&self) -> Kept {
+        let (dns64, unread) = match self.dns64().await {
+            Ok(memory) => (memory, None),
+            Err(error) => (Memory::default(), Some(error)),
+        };
         Kept {
             drains: self.drains().await,
-            dns64: self.dns64().await,
+            dns64,
+            unread,
         }
     }
 
-    /// What nodes registered; nothing, with a word in the log, if it cannot be read.
-    async fn dns64(&self) -> Memory {
+    /// What nodes registered, or a word in the log and why it cannot be read. Nothing, while there is no store.
+    async fn dns64(&self) -> Result<Memory, String> {
         if !self.is_open() {
-            return Memory::default();
+            return Ok(Memory::default());
         }
-        match self.call(|store| store.dns64()).await {
-            Ok(memory) => memory,
-            Err(error) => {
-                tracing::error!(
-                    error,
-                    "the names of nodes and their keys cannot be read: nodes are unknown, and none can register"
-                );
-                Memory::default()
-            }
+        let read = self.call(|store| store.dns64()).await;
+        if let Err(error) = &read {
+            tracing::error!(
+                error,
+                "the names of nodes and their keys cannot be read: nodes are unknown, and none can register"
+            );
         }
+        read
     }
 
     /// Makes something durable.

@@ -27,6 +27,7 @@ pub(super) async fn run(
     let links = Links {
         commands: to_service,
         commits,
+        successor: start.successor,
     };
     let serving = service::run(Box::new(config), opened, start.dns64, links);
     let mut serving = std::pin::pin!(serving);
@@ -84,6 +85,7 @@ async fn converse(
                         Durable::Dns64(durable) => drop(commands.send(Command::Learn(durable)).await),
                         Durable::Drain { .. } => bail!("the supervisor said what is not for the resolver"),
                     },
+                    ToWorker::Own => drop(commands.send(Command::Own).await),
                     ToWorker::Stop { grace_ms } => {
                         told_to_stop.set(true);
                         let _ = commands.send(Command::Stop { grace: Duration::from_millis(grace_ms) }).await;

@@ -116,7 +116,7 @@ async fn converse(
                         let _ = commands.send(Command::Stop { grace: Duration::from_millis(grace_ms) }).await;
                         return Ok(Stopped::Told);
                     }
-                    ToWorker::Start(_) | ToWorker::Metrics { .. } | ToWorker::Ask { .. } | ToWorker::Learn { .. } => {
+                    ToWorker::Start(_) | ToWorker::Metrics { .. } | ToWorker::Ask { .. } | ToWorker::Learn { .. } | ToWorker::Own => {
                         bail!("the supervisor said what is not for the balancer")
                     }
                 }

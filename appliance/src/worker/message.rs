@@ -41,6 +41,9 @@ pub enum ToWorker {
         /// What.
         durable: Box<Durable>,
     },
+    /// The predecessor has ended: what is durable may be changed from here on. To one that was started with
+    /// [`Start::successor`].
+    Own,
     /// Answers [`FromWorker::Commit`].
     Committed {
         /// Of the commit.
@@ -114,6 +117,21 @@ pub enum FromWorker {
     },
 }
 
+impl FromWorker {
+    /// What it is, for the log.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Pong { .. } => "pong",
+            Self::Answer { .. } => "answer",
+            Self::Reloaded { .. } => "reloaded",
+            Self::HandedOver { .. } => "handed-over",
+            Self::Commit { .. } => "commit",
+            Self::Metrics { .. } => "metrics",
+        }
+    }
+}
+
 /// A question to the service of a role.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -167,6 +185,9 @@ pub struct Start {
     /// Whether to take over from a running predecessor, to which the next descriptor leads.
     #[serde(default)]
     pub inherit: bool,
+    /// Whether a predecessor still changes what is durable: nothing is, until [`ToWorker::Own`].
+    #[serde(default)]
+    pub successor: bool,
     /// The bearer token of the metrics page.
     pub token: Option<Bytes>,
 }

@@ -10,7 +10,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{
@@ -63,12 +63,18 @@ const QUEUE: usize = 8192;
 const UNDER_WAY: usize = 16_384;
 /// Updates that may wait for the disk.
 const UPDATES: usize = 1024;
+/// How long a reload waits for an update that is on its way to the disk: less than the supervisor waits for a sign of life.
+const FOR_THE_DISK: Duration = Duration::from_secs(2);
 /// How long a client waits for a fresh answer while there is a stale one (RFC 8767 §5).
 const CLIENT_PATIENCE: Duration = Duration::from_millis(1800);
-/// How long a stale answer is given out before upstreams are asked again (RFC 8767 §5).
-const STALE_FOR: Duration = Duration::from_secs(30);
+/// How long a stale answer is given out before upstreams are asked again. RFC 8767 §5 recommends 30 s, to spare servers that
+/// fail; these upstreams are the operator's own, and one that is down is checked on nobody's behalf, so that asking again
+/// costs no client a moment.
+const STALE_FOR: Duration = Duration::from_secs(5);
 /// Between two log lines about updates that were refused for the same reason.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+/// Log lines about updates that were refused, within that time.
+const COMPLAINTS: usize = 64;
 /// Longest name, key or record that an operator may write.
 const LONGEST: usize = 1024;
 
@@ -106,6 +112,8 @@ pub enum Command {
     },
     /// Something that another process of this service made durable while this one was started.
     Learn(Box<Durable>),
+    /// That process has ended: updates are for this one to take.
+    Own,
     /// Answer what has come, for at most so long, and end.
     Stop {
         /// How long.
@@ -129,6 +137,8 @@ pub struct Links {
     pub commands: mpsc::Receiver<Command>,
     /// What it wants to be kept.
     pub commits: mpsc::Sender<Commit>,
+    /// Whether another process of this service still takes updates: they wait until [`Command::Own`].
+    pub successor: bool,
 }
 
 /// Why the service cannot run.
@@ -160,7 +170,11 @@ pub enum Error {
 ///
 /// [`Error`]: what a restart may cure.
 pub async fn run(config: Box<Config>, opened: Opened, memory: Memory, links: Links) -> Result<(), Error> {
-    let mut service = Service::new(config, opened, memory, links.commits)?;
+    let own = CancellationToken::new();
+    if !links.successor {
+        own.cancel();
+    }
+    let mut service = Service::new(config, opened, memory, links.commits, own.clone())?;
     let mut commands = links.commands;
     let mut look = tokio::time::interval(Duration::from_secs(1));
     loop {
@@ -173,7 +187,7 @@ pub async fn run(config: Box<Config>, opened: Opened, memory: Memory, links: Lin
                     tokio::spawn(async move {
                         let answer = match status {
                             Some(status) => Answer::Status(Box::new(status)),
-                            None => house.answer(request).await.unwrap_or_else(|message| Answer::Refused { message }),
+                            None => house.answer(request).await.unwrap_or_else(Refusal::into),
                         };
                         let _ = reply.send(answer);
                     });
@@ -183,6 +197,7 @@ pub async fn run(config: Box<Config>, opened: Opened, memory: Memory, links: Lin
                     let _ = done.send(result.map_err(|error| error.to_string()));
                 }
                 Some(Command::Learn(durable)) => service.house.learn(*durable).await,
+                Some(Command::Own) => own.cancel(),
                 Some(Command::Stop { grace }) => return service.stop(grace).await,
                 None => return Ok(()),
             },
@@ -197,8 +212,6 @@ struct Service {
     udp: BTreeMap<SocketAddr, Threads>,
     tcp: BTreeMap<SocketAddr, CancellationToken>,
     tcp_shared: Arc<tcp::Shared>,
-    /// What nodes registered in zones that are not configured now.
-    aside: BTreeMap<Owner, State>,
     work: mpsc::Sender<Work>,
     /// Takes up what comes until it is told that nothing more will.
     taking_up: JoinHandle<()>,
@@ -214,6 +227,8 @@ struct House {
     /// What [`Resolver`] forwards to, for the status.
     lifetimes: ArcSwap<Lifetimes>,
     updates: Arc<Mutex<Updates>>,
+    /// What nodes registered in zones that are not configured now.
+    aside: Mutex<BTreeMap<Owner, State>>,
     /// Held from the look at an update to its being in force, and while zones are replaced.
     one_at_a_time: tokio::sync::Mutex<()>,
     commits: mpsc::Sender<Commit>,
@@ -221,11 +236,13 @@ struct House {
     under_way: Arc<Semaphore>,
     /// Raised whenever what is known becomes wrong.
     generation: AtomicU64,
+    /// Raised whenever what is known of zones does.
+    zone_generation: AtomicU64,
     stale: AtomicU64,
     resolved: Mutex<BTreeMap<&'static str, u64>>,
     updated: Mutex<BTreeMap<&'static str, u64>>,
-    /// When the log last told of a refused update, by reason.
-    complained: Mutex<BTreeMap<&'static str, Instant>>,
+    /// When the log last told of a refused update, by reason and client.
+    complained: Mutex<BTreeMap<(&'static str, IpAddr), Instant>>,
 }
 
 /// A message with opcode UPDATE, and who sent it.
@@ -240,6 +257,37 @@ struct Update {
 enum Back {
     Udp(udp::Ask),
     Tcp(tcp::Ask),
+}
+
+/// Why an operator gets no answer.
+struct Refusal {
+    message: String,
+    /// What was asked for can never be had.
+    bad_request: bool,
+}
+
+impl Refusal {
+    fn bad<T: Into<String>>(message: T) -> Self {
+        Self {
+            message: message.into(),
+            bad_request: true,
+        }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            bad_request: false,
+        }
+    }
+}
+
+impl From<Refusal> for Answer {
+    fn from(Refusal { message, bad_request }: Refusal) -> Self {
+        Self::Refused { message, bad_request }
+    }
 }
 
 impl Back {
@@ -288,7 +336,13 @@ impl Back {
 }
 
 impl Service {
-    fn new(config: Box<Config>, opened: Opened, memory: Memory, commits: mpsc::Sender<Commit>) -> Result<Self, Error> {
+    fn new(
+        config: Box<Config>,
+        opened: Opened,
+        memory: Memory,
+        commits: mpsc::Sender<Commit>,
+        own: CancellationToken,
+    ) -> Result<Self, Error> {
         let Memory {
             zones: mut states,
             keys,
@@ -309,11 +363,13 @@ impl Service {
             resolver: ArcSwap::from_pointee(resolver),
             lifetimes: ArcSwap::from_pointee(config.lifetimes()),
             updates,
+            aside: Mutex::new(states),
             one_at_a_time: tokio::sync::Mutex::default(),
             commits,
             update_queue,
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
             generation: AtomicU64::new(0),
+            zone_generation: AtomicU64::new(0),
             stale: AtomicU64::new(0),
             resolved: Mutex::default(),
             updated: Mutex::default(),
@@ -321,14 +377,13 @@ impl Service {
         });
         let ending = CancellationToken::new();
         let taking_up = tokio::spawn(Arc::clone(&house).take_up(asked, tcp_asked, ending.clone()));
-        tokio::spawn(Arc::clone(&house).update(queued));
+        tokio::spawn(Arc::clone(&house).update(queued, own));
         let mut service = Self {
             config,
             house,
             udp: BTreeMap::new(),
             tcp: BTreeMap::new(),
             tcp_shared: tcp::Shared::new(front, tcp_work),
-            aside: states,
             work,
             taking_up,
             ending,
@@ -369,8 +424,11 @@ impl Service {
         let files = std::mem::take(&mut opened.files);
         // No update may be on its way to the disk while its zone is replaced.
         let house = Arc::clone(&self.house);
-        let gate = house.one_at_a_time.lock().await;
-        let mut states = self.aside.clone();
+        let gate = timeout(FOR_THE_DISK, house.one_at_a_time.lock()).await;
+        let gate = gate.map_err(|_| {
+            Error::Config("a dynamic update waits for the disk; try again when the disk answers: dmesg | tail".into())
+        })?;
+        let mut states = lock(&house.aside).clone();
         states.extend(
             lock(&house.updates)
                 .zones()
@@ -381,7 +439,7 @@ impl Service {
         let resolver = resolver(&config, &files, &house.updates)?;
         self.open(opened)?;
         lock(&house.updates).replace_zones(zones);
-        self.aside = states;
+        *lock(&house.aside) = states;
         drop(gate);
         house.resolver.store(Arc::new(resolver));
         house.lifetimes.store(Arc::new(config.lifetimes()));
@@ -568,9 +626,13 @@ impl House {
         };
         let octets = match &packed {
             Some(packed) => packed_for(&back, packed),
-            None => self
-                .known_for(&back)
-                .unwrap_or_else(|| code(&back, ResponseCode::ServFail)),
+            None => match self.known_for(&back) {
+                Some(octets) => {
+                    self.stale.fetch_add(1, Relaxed);
+                    octets
+                }
+                None => code(&back, ResponseCode::ServFail),
+            },
         };
         back.send(octets).await;
         if too_late {
@@ -581,7 +643,12 @@ impl House {
 
     /// Asks, and keeps what comes; `None` if a stale answer has to do.
     async fn renew(&self, question: &Question) -> Option<Packed> {
-        let generation = self.generation.load(Relaxed);
+        let zoned = self.is_zoned(&question.name);
+        let generation = || {
+            let zone = if zoned { self.zone_generation.load(Relaxed) } else { 0 };
+            (self.generation.load(Relaxed), zone)
+        };
+        let before = generation();
         let resolver = self.resolver.load_full();
         let result = resolver.resolve(question, &Trace::default()).await;
         let mut lifetimes = **self.lifetimes.load();
@@ -614,18 +681,14 @@ impl House {
                 Packed::new(question, &crate::Answer::empty(ResponseCode::ServFail), &lifetimes).ok()?
             }
         };
-        if kept && self.generation.load(Relaxed) == generation {
+        if kept && generation() == before {
             self.front.load().cache.insert(packed.clone(), udp::now());
         }
         Some(packed)
     }
 
     fn keep_serving(&self, question: &Question) -> bool {
-        let kept = self.front.load().cache.keep_serving(question, STALE_FOR, udp::now());
-        if kept {
-            self.stale.fetch_add(1, Relaxed);
-        }
-        kept
+        self.front.load().cache.keep_serving(question, STALE_FOR, udp::now())
     }
 
     /// What the cache has for the client now.
@@ -746,8 +809,9 @@ impl House {
         lock(&self.updates).zones().iter().any(|zone| zone.contains(name))
     }
 
-    /// Carries updates out, one after the other.
-    async fn update(self: Arc<Self>, mut queued: mpsc::Receiver<Update>) {
+    /// Carries updates out, one after the other, once they are for this process to take.
+    async fn update(self: Arc<Self>, mut queued: mpsc::Receiver<Update>, own: CancellationToken) {
+        own.cancelled().await;
         while let Some(Update { message, back, _place }) = queued.recv().await {
             let gate = self.one_at_a_time.lock().await;
             let step = lock(&self.updates).receive(&message, udp::wall());
@@ -768,12 +832,14 @@ impl House {
         }
     }
 
-    /// Tells of an update that was refused; of each reason once in a while, lest a node that tries for ever fills the log.
+    /// Tells of an update that was refused; of each reason and client once in a while, lest a node that tries for ever fills
+    /// the log.
     fn complain(&self, client: SocketAddr, why: &Why) {
         let mut complained = lock(&self.complained);
-        let last = complained.get(why.name()).copied();
-        if last.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
-            complained.insert(why.name(), Instant::now());
+        complained.retain(|_, last| last.elapsed() < COMPLAIN_EVERY);
+        let what = (why.name(), client.ip());
+        if complained.len() < COMPLAINTS && !complained.contains_key(&what) {
+            complained.insert(what, Instant::now());
             tracing::warn!(%client, reason = why.name(), "a dynamic update was refused: {why}");
         }
     }
@@ -783,15 +849,17 @@ impl House {
         let node = change.node.clone();
         let kept = self.commit(Durable::Zone(change)).await;
         let now = udp::wall();
-        let step = match kept {
-            Ok(()) => lock(&self.updates).stored(now),
+        match kept {
+            Ok(()) => {
+                let step = lock(&self.updates).stored(now);
+                self.forget_zones();
+                step
+            }
             Err(error) => {
                 tracing::error!(%node, error, "a dynamic update could not be kept, so it was refused");
                 lock(&self.updates).failed(now)
             }
-        };
-        self.forget_zones();
-        step
+        }
     }
 
     async fn commit(&self, durable: Durable) -> Result<(), String> {
@@ -807,14 +875,16 @@ impl House {
         self.forget_zones();
     }
 
-    /// Forgets what was known of the zones, and of all that was made of it.
+    /// Forgets what was known of the zones.
     fn forget_zones(&self) {
         let origins: Vec<Name> = {
             let updates = lock(&self.updates);
             let zones = updates.zones().iter().flat_map(Zone::zones);
             zones.map(|zone| zone.origin().clone()).collect()
         };
-        self.forget(|cache| origins.iter().map(|origin| cache.flush_below(origin)).sum());
+        // Aliases that lead into a zone from elsewhere are never kept, so that others need not be forgotten.
+        self.zone_generation.fetch_add(1, Relaxed);
+        self.front.load().cache.flush_below_all(&origins);
     }
 
     /// Answers that are being looked for are not kept either.
@@ -828,9 +898,9 @@ impl House {
     }
 
     /// Answers a question from the control socket.
-    async fn answer(&self, request: Request) -> Result<Answer, String> {
+    async fn answer(&self, request: Request) -> Result<Answer, Refusal> {
         match request {
-            Request::Status => Err("the status is asked for elsewhere".into()),
+            Request::Status => Err("the status is asked for elsewhere".to_owned().into()),
             Request::Query { name, kind, trace } => self.query(&name, &kind, trace).await,
             Request::Zones { name } => self.zone_records(name.as_deref()),
             Request::Keys => Ok(Answer::Keys { keys: self.keys() }),
@@ -858,12 +928,13 @@ impl House {
         }
     }
 
-    async fn query(&self, name: &str, kind: &str, wants_trace: bool) -> Result<Answer, String> {
-        let kind: RecordType = kind
-            .to_ascii_uppercase()
-            .parse()
-            .map_err(|_| format!("\"{kind}\" is no record type; write one such as AAAA, A, PTR, TXT"))?;
-        let address = name.parse::<std::net::IpAddr>().ok();
+    async fn query(&self, name: &str, kind: &str, wants_trace: bool) -> Result<Answer, Refusal> {
+        let kind: RecordType = kind.to_ascii_uppercase().parse().map_err(|_| {
+            Refusal::bad(format!(
+                "\"{kind}\" is no record type; write one such as AAAA, A, PTR, TXT"
+            ))
+        })?;
+        let address = name.parse::<IpAddr>().ok();
         let (name, kind) = match address {
             Some(address) => (Name::from(address), RecordType::PTR),
             None => (parse(name)?, kind),
@@ -871,7 +942,8 @@ impl House {
         let question = Question::new(&name, kind);
         let began = Instant::now();
         if !wants_trace && let Some(known) = self.front.load().cache.known(&question, udp::now()) {
-            let answer = known.packed.unpack().ok_or("the answer that is known cannot be read")?;
+            let answer = known.packed.unpack();
+            let answer = answer.ok_or_else(|| "the answer that is known cannot be read".to_owned())?;
             let ttl = u32::try_from(known.left.as_secs()).unwrap_or(u32::MAX);
             let resolved = resolved(&question, &answer, "cache", ttl, began);
             return Ok(Answer::Query(Box::new(resolved)));
@@ -891,9 +963,10 @@ impl House {
                 answer
             }
             Err(failure) => {
-                return Err(format!(
+                let message = format!(
                     "{name} {kind} has no answer: {failure}; see what was tried: edgectl dns trace {name} {kind}"
-                ));
+                );
+                return Err(message.into());
             }
         };
         let steps = trace.steps().into_iter().map(|(at, text)| status::Step {
@@ -904,7 +977,7 @@ impl House {
         Ok(Answer::Query(Box::new(answer)))
     }
 
-    fn zone_records(&self, wanted: Option<&str>) -> Result<Answer, String> {
+    fn zone_records(&self, wanted: Option<&str>) -> Result<Answer, Refusal> {
         let wanted = wanted.map(parse).transpose()?;
         let updates = lock(&self.updates);
         let zones: Vec<ZoneRecords> = updates
@@ -935,9 +1008,9 @@ impl House {
             })
             .collect();
         match wanted {
-            Some(wanted) if zones.is_empty() => Err(format!(
-                "{wanted} is no zone of the configuration; see them: edgectl dns zone show"
-            )),
+            Some(wanted) if zones.is_empty() => {
+                Err(format!("{wanted} is no zone of the configuration; see them: edgectl dns zone show").into())
+            }
             _ => Ok(Answer::Zones { zones }),
         }
     }
@@ -956,13 +1029,13 @@ impl House {
     }
 
     /// The name that an operator wrote, below the first zone unless it lies in one already.
-    fn in_zone(&self, name: &str) -> Result<Name, String> {
+    fn in_zone(&self, name: &str) -> Result<Name, Refusal> {
         let name = parse(name)?;
         let updates = lock(&self.updates);
         let Some(first) = updates.zones().first() else {
-            return Err(
-                "there is no zone, so no node can have a name; write [[dns64.zone]] into the configuration".into(),
-            );
+            return Err(Refusal::from(
+                "there is no zone, so no node can have a name; write [[dns64.zone]] into the configuration".to_owned(),
+            ));
         };
         if updates.zones().iter().any(|zone| zone.origin().zone_of(&name)) {
             return Ok(name);
@@ -971,17 +1044,18 @@ impl House {
         relative.set_fqdn(false);
         relative
             .append_domain(first.origin())
-            .map_err(|_| "the name is too long for the zone".to_owned())
+            .map_err(|_| Refusal::bad("the name is too long for the zone"))
     }
 
-    async fn add_key(&self, node: &str, algorithm: Algorithm) -> Result<Answer, String> {
+    async fn add_key(&self, node: &str, algorithm: Algorithm) -> Result<Answer, Refusal> {
         let node = self.in_zone(node)?;
         let _gate = self.one_at_a_time.lock().await;
         let key = {
             let updates = lock(&self.updates);
             let zone = updates.zones().iter().find(|zone| zone.origin().zone_of(&node));
             let zone = zone.ok_or_else(|| format!("{node} lies in no zone"))?;
-            zone.may_be_node(&node).map_err(|error| error.to_string())?;
+            zone.may_be_node(&node)
+                .map_err(|error| Refusal::bad(error.to_string()))?;
             let owner = Owner::of(&node);
             let name = updates.keys().free_name(&owner);
             let secret: [u8; 64] = random().map_err(|error| error.to_string())?;
@@ -1004,8 +1078,15 @@ impl House {
         Ok(answer)
     }
 
-    async fn remove_key(&self, name: &str) -> Result<Answer, String> {
-        let name = Owner::of(&self.in_zone(name)?);
+    async fn remove_key(&self, name: &str) -> Result<Answer, Refusal> {
+        // One of a zone that is not configured now is good again when the zone is.
+        let exact = Owner::of(&parse(name)?);
+        let is_known = lock(&self.updates).keys().get(exact.name()).is_some();
+        let name = if is_known {
+            exact
+        } else {
+            Owner::of(&self.in_zone(name)?)
+        };
         let _gate = self.one_at_a_time.lock().await;
         let (node, change) = {
             let updates = lock(&self.updates);
@@ -1015,7 +1096,9 @@ impl House {
                 .ok_or_else(|| format!("there is no key {name}; see them: edgectl dns key list"))?;
             (key.node.clone(), updates.removal(&name))
         };
-        let records = change.is_some();
+        let last = lock(&self.updates).keys().iter().filter(|key| key.node == node).count() == 1;
+        let aside = last && lock(&self.aside).values().any(|state| state.nodes.contains_key(&node));
+        let records = change.is_some() || aside;
         let durable = Durable::KeyRemoved {
             name: name.clone(),
             change,
@@ -1024,6 +1107,12 @@ impl House {
             .await
             .map_err(|error| format!("the removal could not be kept, so the key stays in force: {error}"))?;
         lock(&self.updates).remove_key(&name);
+        for state in lock(&self.aside).values_mut() {
+            state.signed.remove(&name);
+            if last {
+                state.nodes.remove(&node);
+            }
+        }
         self.forget_zones();
         Ok(Answer::Removed {
             name: name.to_string(),
@@ -1237,11 +1326,11 @@ fn sum(a: udp::Counts, b: udp::Counts) -> udp::Counts {
 }
 
 /// A name as an operator writes it; absolute.
-fn parse(name: &str) -> Result<Name, String> {
+fn parse(name: &str) -> Result<Name, Refusal> {
     if name.len() > LONGEST {
-        return Err("a name of that length cannot exist".into());
+        return Err(Refusal::bad("a name of that length cannot exist"));
     }
-    let crate::config::Domain(name) = name.parse()?;
+    let crate::config::Domain(name) = name.parse().map_err(Refusal::bad::<String>)?;
     Ok(name)
 }
 

@@ -21,7 +21,7 @@ const SUSPECT: u32 = 2;
 /// Useless replies in a row after which others are asked first.
 const LAME: u32 = 3;
 /// After the first failed check; doubled each time up to the second.
-const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(16));
+const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(4));
 /// A latency older than this is measured anew.
 const STALE: Duration = Duration::from_secs(10);
 /// How long a server that knows nothing of EDNS is asked without.
@@ -417,15 +417,15 @@ mod tests {
     }
 
     #[test]
-    fn checks_back_off_to_sixteen_seconds_and_one_answer_ends_the_outage() {
+    fn checks_back_off_to_four_seconds_and_one_answer_ends_the_outage() {
         let mut choice = Choice::new(1);
         choice.silent(0);
         choice.silent(0);
         assert_eq!(choice.due(s(0)), Some((0, Why::Check)));
         let waits: Vec<_> = (0..40).filter_map(|_| choice.checked(0, false)).collect();
         assert_eq!(waits.len(), 40);
-        assert_eq!(waits[..6], [s(1), s(2), s(4), s(8), s(16), s(16)]);
-        assert_eq!(waits[39], s(16));
+        assert_eq!(waits[..4], [s(1), s(2), s(4), s(4)]);
+        assert_eq!(waits[39], s(4));
         assert_eq!(choice.of(0).map(|(.., counts)| counts.outages), Some(1));
         assert_eq!(choice.checked(0, true), None);
         assert!(choice.any_up());

@@ -25,7 +25,7 @@ pub struct Limits {
     pub addresses: usize,
     /// Fingerprints of SSH host keys: 8, two for each of the four kinds in use.
     pub fingerprints: usize,
-    /// TXT records; 4, of at most 255 octets each.
+    /// TXT records; 4, of at most 256 octets each, lengths of strings included.
     pub texts: usize,
 }
 
@@ -62,7 +62,7 @@ pub enum Refused {
     TooLong,
     /// A fingerprint whose length does not fit its type.
     Fingerprint,
-    /// Text beyond 255 octets, or with octets other than printable ASCII.
+    /// Text beyond 256 octets, lengths of strings included, or with octets other than printable ASCII.
     Text,
     /// The reverse zone would not match the node's addresses any more.
     Reverse(Name),
@@ -158,8 +158,10 @@ pub(super) fn permit(update: &Record) -> Result<(), Refused> {
             }
         }
         RData::TXT(txt) => {
-            let octets = || txt.txt_data.iter().flatten();
-            if octets().count() <= 255 && octets().all(|octet| matches!(octet, b' '..=b'~')) {
+            // Empty strings take room too: an octet each for their length.
+            let size: usize = txt.txt_data.iter().map(|string| 1 + string.len()).sum();
+            let mut octets = txt.txt_data.iter().flatten();
+            if size <= 256 && octets.all(|octet| matches!(octet, b' '..=b'~')) {
                 Ok(())
             } else {
                 Err(Refused::Text)

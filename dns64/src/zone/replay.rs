@@ -62,6 +62,15 @@ impl Replay {
         }
     }
 
+    /// Remembers that `key` signed a change at `time` that another process carried out; as after a restart, one signed in that
+    /// same second is taken for it.
+    pub fn learn(&mut self, key: &Owner, time: u64) {
+        let memory = self.keys.entry(key.clone()).or_default();
+        if time >= memory.last {
+            (memory.last, memory.forgetful) = (time, true);
+        }
+    }
+
     /// Looks at one update that was verified, and remembers it.
     pub fn check(&mut self, signed: &Signed) -> Seen {
         let memory = self.keys.entry(signed.key.clone()).or_default();
@@ -103,11 +112,19 @@ impl Replay {
         }
     }
 
-    /// Forgets a key that was removed, once nothing that it signed can be in time any more, and all that is as old.
-    /// `now` is UNIX seconds.
+    /// Forgets a key that was removed: another one may get its name.
+    pub fn remove(&mut self, key: &Owner) {
+        self.keys.remove(key);
+    }
+
+    /// Forgets answers to what cannot be in time any more, but not when each key signed last: clocks are set back. `now` is
+    /// UNIX seconds.
     pub fn expire(&mut self, now: u64) {
         let oldest = now.saturating_sub(u64::from(FUDGE));
-        self.keys.retain(|_, memory| memory.last >= oldest);
+        for memory in self.keys.values_mut() {
+            memory.forgetful |= memory.last < oldest;
+            memory.lately.retain(|one| one.time >= oldest);
+        }
     }
 }
 
@@ -158,7 +175,28 @@ mod tests {
         replay.expire(401);
         assert_eq!(replay.check(&signed("a", 101, 3)), Seen::Pending);
         replay.expire(402);
-        assert!(replay.keys.is_empty());
+        assert_eq!(
+            replay.check(&signed("a", 101, 3)),
+            Seen::Stale,
+            "though the clock went back"
+        );
+        replay.remove(&signed("a", 0, 0).key);
+        assert_eq!(
+            replay.check(&signed("a", 101, 3)),
+            Seen::First,
+            "another key of that name"
+        );
+    }
+
+    #[test]
+    fn what_another_process_carried_out_is_not_carried_out_again() {
+        let mut replay = Replay::default();
+        let key = signed("a", 0, 0).key;
+        replay.learn(&key, 100);
+        assert_eq!(replay.check(&signed("a", 100, 1)), Seen::Stale);
+        assert_eq!(replay.check(&signed("a", 101, 2)), Seen::First);
+        replay.learn(&key, 99);
+        assert_eq!(replay.check(&signed("a", 101, 3)), Seen::First);
     }
 
     #[test]

@@ -130,6 +130,16 @@ impl NodeRecord {
         })
     }
 
+    /// Octets that it takes at most: see [`Memory::weight`](super::Memory::weight).
+    pub(super) fn weight(&self) -> usize {
+        match self {
+            // A second time as the address's PTR.
+            Self::Aaaa { .. } => 384,
+            Self::Sshfp { fingerprint, .. } => 192 + fingerprint.len(),
+            Self::Txt { text, .. } => 192 + text.iter().map(|text| 8 + 2 * text.len()).sum::<usize>(),
+        }
+    }
+
     fn of(ttl: u32, data: &RData) -> Option<Self> {
         Some(match data {
             RData::AAAA(address) => Self::Aaaa {

@@ -211,6 +211,7 @@ fn a_node_has_addresses_fingerprints_and_text_and_no_other_types() {
         (fingerprint(3, 48), Refused::Fingerprint),
         (text("a\nb"), Refused::Text),
         (text("ä"), Refused::Text),
+        (RData::TXT(TXT::new(vec![String::new(); 257])), Refused::Text),
         (two, Refused::Text),
     ] {
         assert_eq!(ask(data), Err(refused));
@@ -459,6 +460,20 @@ fn what_the_configuration_forbids_since_is_kept_but_not_served_until_the_node_sp
     perform(&mut again, "node1", &[add("node1", 60, aaaa("fd0d::22"))]);
     assert_eq!(again.left_out().len(), 2);
     assert_eq!(again.state().nodes[&owner("node1.fleet.")].len(), 2);
+    let other = [add("node9", 60, aaaa("fd0d::12"))];
+    assert!(
+        matches!(
+            again.update(&request("fleet.", &[], &other), &signed("node9")),
+            Err(Refused::Held { .. })
+        ),
+        "it is node2's when the static record goes"
+    );
+    perform(&mut again, "node3", &[add("node3", 60, text("x"))]);
+    assert_eq!(
+        again.state().nodes[&owner("node3.fleet.")].len(),
+        1,
+        "what it says now is all"
+    );
 }
 
 #[test]

@@ -229,7 +229,7 @@ impl Updates {
         let change = self.removal(key);
         let removed = self.keys.remove(key).is_some();
         if removed {
-            self.zones.iter_mut().for_each(|zone| zone.forget_key(key));
+            self.forget_key(key);
         }
         removed && change.is_none_or(|change| self.apply(change))
     }
@@ -238,18 +238,26 @@ impl Updates {
     pub fn learn(&mut self, durable: Durable) {
         match durable {
             Durable::Zone(change) => {
+                if let Some((key, time)) = &change.signed {
+                    self.replay.learn(key, *time);
+                }
                 // One that was there at the start is not new.
                 let _ = self.apply(change);
             }
             Durable::Key(key) => drop(self.keys.add(key)),
             Durable::KeyRemoved { name, change } => {
                 self.keys.remove(&name);
-                self.zones.iter_mut().for_each(|zone| zone.forget_key(&name));
+                self.forget_key(&name);
                 if let Some(change) = change {
                     let _ = self.apply(change);
                 }
             }
         }
+    }
+
+    fn forget_key(&mut self, key: &Owner) {
+        self.replay.remove(key);
+        self.zones.iter_mut().for_each(|zone| zone.forget_key(key));
     }
 
     fn consider(&self, request: &Message, signed: &Signed) -> Result<Option<Change>, Refused> {

@@ -263,6 +263,7 @@ impl Dns {
             let links = Links {
                 commands: commanded,
                 commits: commit,
+                successor: false,
             };
             runtime.block_on(service::run(Box::new(config), opened, memory, links))
         });

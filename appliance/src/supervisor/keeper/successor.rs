@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! balancer      start the new one and join both by a socket pair -> the old one hands over -> the new one is ready
-//! resolver      start the new one on the same sockets, tell it what the old one has kept -> it is ready -> stop the old one
+//! resolver      start the new one on the same sockets, tell it what the old one has kept -> it is ready and answers, but takes
+//!               no update -> the old one finishes its own and ends -> the zones are the new one's
 //! metrics page  start the new one on the same listeners -> it is ready -> stop the old one
 //! ```
 //! Until the new one is ready the old one is the worker, and whatever goes wrong ends the new one only. What both ends of a
@@ -45,6 +46,8 @@ pub(super) struct Successor {
     order: Option<u64>,
     /// The old one has said that it has handed over.
     committed: bool,
+    /// It answers, and waits for the old one's end.
+    waits: bool,
     /// It has ended, and how.
     ended: Option<String>,
     /// When there must be an outcome.
@@ -89,7 +92,7 @@ impl Actor {
             }
         };
         channel::widen([&old, &new]);
-        let (start, descriptors) = self.start_message(hands_over.then_some(new));
+        let (start, descriptors) = self.start_message(hands_over.then_some(new), true);
         fresh.say(start, descriptors);
         tracing::info!(role = %self.role, pid = process.pid(), successor = fresh.pid(), "worker is being replaced");
         let order = hands_over.then(|| {
@@ -103,6 +106,7 @@ impl Actor {
             reply,
             order,
             committed: false,
+            waits: false,
             ended: None,
             until: Instant::now() + LIMIT,
         });
@@ -141,6 +145,14 @@ impl Actor {
             return;
         };
         let how = match said {
+            Ok(Some(FromWorker::Ready)) if self.role == Role::Dns64 => {
+                // Its updates are on their way to the disk, and must be known there before the next one is looked at.
+                process.say(ToWorker::Stop { grace_ms: LAST_ANSWERS }, Vec::new());
+                successor.waits = true;
+                successor.until = Instant::now() + Duration::from_millis(LAST_ANSWERS) + FAREWELL;
+                life.successor = Some(successor);
+                return;
+            }
             Ok(Some(FromWorker::Ready)) => return self.crown(successor, process, heard, life),
             Ok(Some(_)) => "said what is not for it to say",
             Ok(None) => "ended",
@@ -148,7 +160,7 @@ impl Actor {
         };
         if successor.order.is_none() {
             return successor.fail(format!(
-                "the new one {how} before it was ready; see its lines in the log"
+                "the new one {how} before it took over; see its lines in the log"
             ));
         }
         // The old one notices too, and knows what became of the hand-over.
@@ -168,11 +180,18 @@ impl Actor {
         while let Ok(Ok(Some(message))) = heard.try_recv() {
             let _ = self.hear(message, process, life);
         }
+        if life.wanted {
+            return false;
+        }
+        if let Some(successor) = life.successor.take_if(|successor| successor.waits) {
+            self.crown(successor, process, heard, life);
+            return true;
+        }
         let hands_over = life
             .successor
             .as_ref()
             .is_some_and(|successor| successor.order.is_some() && successor.ended.is_none());
-        if !hands_over || life.wanted {
+        if !hands_over {
             return false;
         }
         // It serves only if all was handed over; without that it ends by itself.
@@ -186,10 +205,20 @@ impl Actor {
     }
 
     /// There is no outcome.
-    pub(super) fn too_late(life: &mut Life) -> Result<(), String> {
+    pub(super) fn too_late(
+        &mut self,
+        process: &mut Process,
+        heard: &mut mpsc::Receiver<Heard>,
+        life: &mut Life,
+    ) -> Result<(), String> {
         let Some(successor) = life.successor.take() else {
             return Ok(());
         };
+        if successor.waits {
+            // The old one has had its time; what it did not answer is asked again.
+            self.crown(successor, process, heard, life);
+            return Ok(());
+        }
         if successor.committed {
             let how = successor
                 .ended
@@ -219,6 +248,7 @@ impl Actor {
         let asked = std::mem::take(&mut life.asked);
         *life = Life {
             ready: true,
+            heir: successor.waits,
             ..Life::default()
         };
         self.incarnation += 1;
@@ -232,9 +262,10 @@ impl Actor {
         for (_, (question, reply)) in asked {
             let _ = self.told(super::Message::Ask { question, reply }, process, life);
         }
+        self.give(process, life);
         let role = self.role;
         tokio::spawn(async move {
-            if successor.order.is_none() {
+            if successor.order.is_none() && !successor.waits {
                 old.say(ToWorker::Stop { grace_ms: LAST_ANSWERS }, Vec::new());
             }
             if timeout(FAREWELL, old.ended()).await.is_err() {
