@@ -13,6 +13,8 @@ pub struct Answer {
     pub code: ResponseCode,
     /// Whether it comes from a zone of ours (the AA bit).
     pub authoritative: bool,
+    /// Whether a part of it comes from elsewhere all the same, so that its TTLs count down: the end of an alias.
+    pub ages: bool,
     /// The answer section, a chain of CNAMEs in its order first.
     pub answers: Vec<Record>,
     /// The authority section: the SOA of a negative answer among it.
@@ -47,6 +49,7 @@ impl Answer {
         Self {
             code,
             authoritative: false,
+            ages: false,
             answers: Vec::new(),
             authorities: Vec::new(),
             additionals: Vec::new(),
@@ -58,6 +61,7 @@ impl Answer {
         Self {
             code: message.metadata.response_code,
             authoritative: false,
+            ages: false,
             answers: message.answers,
             authorities: message.authorities,
             additionals: message.additionals,

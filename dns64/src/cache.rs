@@ -103,6 +103,14 @@ impl Cache {
         self.shard(hash).answer(query, hash, terms, millis(now), out)
     }
 
+    /// Somebody asks anew for what `query` asks: nobody else need.
+    pub fn refreshing(&self, query: &Query<'_>) {
+        let hash = self.hash(query);
+        if let Some(entry) = self.shard(hash).get(hash) {
+            entry.refreshing = true;
+        }
+    }
+
     /// Keeps an answer that has just come, in place of an older one. One that must not be kept, or that takes more than
     /// there is room for, is not.
     pub fn insert(&self, packed: Packed, now: Duration) {
@@ -331,10 +339,10 @@ impl Entry {
         if self.is_stale() {
             return Age::Stale;
         }
-        let seconds = if self.packed.is_authoritative() {
-            0
-        } else {
+        let seconds = if self.packed.ages() {
             now.saturating_sub(self.born) / 1000
+        } else {
+            0
         };
         Age::Fresh(u32::try_from(seconds).unwrap_or(u32::MAX))
     }
@@ -383,7 +391,6 @@ impl Inner {
         };
         entry.visits = entry.visits.saturating_add(1).min(CHANCES);
         let refresh = !entry.refreshing && entry.runs_out(now);
-        entry.refreshing |= refresh;
         Found::Hit { length, refresh }
     }
 
@@ -603,7 +610,11 @@ mod tests {
         let asked = plain("\x01w\0", 1);
         let refresh = |second| answer(&cache, &asked, second).expect("a hit").1;
         assert!(!refresh(1) && !refresh(50) && !refresh(90));
-        assert!(refresh(91));
+        assert!(refresh(91) && refresh(91), "until somebody does ask");
+        let crate::query::Parsed::Query(query) = crate::query::Parsed::of(&asked) else {
+            panic!("a query")
+        };
+        cache.refreshing(&query);
         assert!(!refresh(92) && !refresh(99));
         cache.insert(pack("w.", vec![a("w.", 100, 1)]), at(99));
         assert!(

@@ -85,6 +85,7 @@ fn join(first: Answer, rest: Answer) -> Answer {
     answers.extend(rest.answers);
     Answer {
         authoritative: first.authoritative,
+        ages: first.ages || rest.ages || first.authoritative != rest.authoritative,
         answers,
         ..rest
     }
@@ -117,6 +118,7 @@ mod tests {
         );
         assert_eq!(lines(&whole.authorities), ["example.net. 60 NS ns.example.net."]);
         assert!(whole.authoritative, "AA speaks of the name that was asked for");
+        assert!(whole.ages, "and the rest is somebody else's");
     }
 
     #[test]

@@ -31,11 +31,13 @@ use crate::{
 /// Where the roots of TLS upstreams come from unless `ca_file` says otherwise.
 pub const DEFAULT_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
 
+/// Answers per second that can be counted.
+const MOST_RATE: u32 = 1_000_000;
 const DAY: Duration = Duration::from_secs(86_400);
 const WEEK: Duration = Duration::from_secs(7 * 86_400);
 
 /// DNS for nodes without IPv4: a resolver that makes AAAA records of A records, and the zone that nodes register in.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Addresses to answer on, over UDP and TCP.
@@ -103,7 +105,7 @@ pub struct Config {
 }
 
 /// A zone whose names nodes register themselves (RFC 2136), each with a key of its own.
-#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Zone {
     /// Its name. Default: "fleet".
@@ -157,9 +159,9 @@ pub enum ReverseForm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RateLimit {
-    /// To one question; 0 = without limit. Default: 1000.
+    /// To one question, up to 1000000; 0 = without limit. Default: 1000.
     pub same: u32,
-    /// To all questions; 0 = without limit. Default: 20000.
+    /// To all questions, up to 1000000; 0 = without limit. Default: 20000.
     pub all: u32,
     /// Seconds' worth that may come at once, 1 to 60. Default: 5.
     pub burst: u32,
@@ -280,6 +282,16 @@ impl Config {
         self.upstreams.iter().chain(self.forward.values().flatten()).any(tls)
     }
 
+    /// Whether every answer is the same as with `other`, whoever gets it and however long it is kept.
+    pub fn answers_as(&self, other: &Self) -> bool {
+        let mut as_other = self.clone();
+        as_other.allow.clone_from(&other.allow);
+        as_other.rate_limit.clone_from(&other.rate_limit);
+        as_other.cache_mib.clone_from(&other.cache_mib);
+        as_other.stale.clone_from(&other.stale);
+        as_other == *other
+    }
+
     /// What each zone is made of.
     pub fn zones(&self) -> Vec<zone::Config> {
         let listen: Vec<IpAddr> = self.listen.iter().map(|at| at.ip()).collect();
@@ -379,6 +391,15 @@ impl Config {
                 format!("a burst of {} seconds is out of range", self.rate_limit.burst),
                 "write burst = 1 to 60",
             );
+        }
+        for limit in [self.rate_limit.same, self.rate_limit.all] {
+            if limit > MOST_RATE {
+                faults.error(
+                    &self.rate_limit,
+                    format!("{limit} answers per second are out of range"),
+                    format!("write 0, for no limit, to {MOST_RATE}"),
+                );
+            }
         }
         if let Some(at) = self.ca_file.as_ref().filter(|at| !at.is_absolute()) {
             faults.error(
@@ -993,6 +1014,11 @@ aliases = { "www" = "nas", "out" = "www.example.net." }
             ("ca_file = \"ca.pem\"", "\"ca.pem\"", "absolute path"),
             ("rate_limit = { burst = 0 }", "{ burst = 0 }", "burst of 0 seconds"),
             ("rate_limit = { burst = 61 }", "{ burst = 61 }", "burst of 61 seconds"),
+            (
+                "rate_limit = { all = 1000001 }",
+                "{ all = 1000001 }",
+                "1000001 answers per second",
+            ),
             (
                 "[[zone]]\nname = \".\"\nprefixes = [\"fd0d::/64\"]",
                 "\".\"",

@@ -56,6 +56,7 @@ pub struct Packed {
     code: u16,
     dnssec_ok: bool,
     checking_disabled: bool,
+    ages: bool,
     lifetime: u32,
 }
 
@@ -122,6 +123,7 @@ impl Packed {
             code,
             dnssec_ok: question.dnssec_ok,
             checking_disabled: question.checking_disabled,
+            ages: answer.ages || !answer.authoritative,
             lifetime,
         })
     }
@@ -132,6 +134,7 @@ impl Packed {
         let authoritative = message.metadata.authoritative;
         let mut answer = Answer::of(message);
         answer.authoritative = authoritative;
+        answer.ages = authoritative && self.ages;
         Some(answer)
     }
 
@@ -146,9 +149,9 @@ impl Packed {
         ResponseCode::from(high << 4 | low >> 4, low & 0xf)
     }
 
-    /// Whether it comes from a zone of ours, whose TTLs are the same at any time.
-    pub(crate) fn is_authoritative(&self) -> bool {
-        wire::u16_at(&self.octets, 2).is_some_and(|flags| flags & AA != 0)
+    /// Whether its TTLs count down: those of our zones are the same at any time.
+    pub(crate) const fn ages(&self) -> bool {
+        self.ages
     }
 
     /// Octets that it takes in memory beside itself.

@@ -15,11 +15,11 @@ use std::{
 const WAYS: usize = 8;
 /// 16,384 lines: 131,072 buckets, 1 MiB.
 const LINES: usize = 1 << 14;
-/// Low bits of a bucket: ticks of 1/16 ms since the start at which it is full, twice what the ticks count up to. The
-/// others say whose it is.
+/// Low bits of a bucket: microseconds since the start at which it is full, twice what they count up to. The others say whose
+/// it is.
 const TIME_BITS: u32 = 40;
 const TIME: u64 = (1 << TIME_BITS) - 1;
-const TICKS_PER_SECOND: u64 = 16_000;
+const TICKS_PER_SECOND: u64 = 1_000_000;
 /// Every how many refused answers one is short instead of none.
 const SLIP: u64 = 2;
 
@@ -114,8 +114,13 @@ impl Rate {
         };
         let owner = hash & !TIME;
         // Zero is full. So is a moment that no bucket reaches: the clock of the ticks has begun anew.
+        let deepest = [self.same, self.all]
+            .into_iter()
+            .flatten()
+            .map(|bucket| bucket.depth)
+            .max();
         let full = |word: u64| match word & TIME {
-            full if full > now && full - now <= TIME / 4 => full,
+            full if full > now && full - now <= deepest.unwrap_or(0) => full,
             _ => 0,
         };
         let words = line.each_ref().map(|word| word.load(Relaxed));
@@ -137,8 +142,8 @@ fn ticks(now: Duration) -> u64 {
     let ticks = now
         .as_secs()
         .wrapping_mul(TICKS_PER_SECOND)
-        .wrapping_add(u64::from(now.subsec_micros()) * TICKS_PER_SECOND / 1_000_000);
-    // Begins anew once a year.
+        .wrapping_add(u64::from(now.subsec_micros()));
+    // Begins anew every six days.
     ticks & (TIME >> 1)
 }
 
@@ -243,7 +248,7 @@ mod tests {
 
     #[test]
     fn any_moment_and_any_limit_is_fine() {
-        for limit in [1, 15_999, 16_000, 16_001, u32::MAX] {
+        for limit in [1, 999_999, 1_000_000, 1_000_001, u32::MAX] {
             let rate = rate(limit, limit, u32::MAX);
             for seconds in [0, 1, 1 << 26, 1 << 27, u64::MAX] {
                 let now = Duration::new(seconds, 999_999_999);

@@ -10,7 +10,7 @@ use std::{
 
 use dns64::{
     io::service::{Command, Opened},
-    status::{Answer, Request},
+    status::{Answer, Request, Status},
     zone::{Algorithm, Durable, Memory},
 };
 use hickory_proto::{
@@ -461,7 +461,7 @@ fn more_queries_than_one_connection_may_have_under_way_all_get_their_answers() {
 #[test]
 fn connections_of_one_source_are_bounded_and_silent_ones_end() {
     let dns = Dns::start(ZONE);
-    let mut streams: Vec<TcpStream> = (0..70).map(|_| dns.connect()).collect();
+    let mut streams: Vec<TcpStream> = (0..38).map(|_| dns.connect()).collect();
     dns.wait("six too many", |status| status.tcp.turned_away == 6);
     let ended = streams.iter_mut().filter(|stream| {
         stream
@@ -470,7 +470,7 @@ fn connections_of_one_source_are_bounded_and_silent_ones_end() {
         matches!(stream.peek(&mut [0]), Ok(0))
     });
     assert_eq!(ended.count(), 6);
-    assert_eq!(dns.status().tcp.open, 64);
+    assert_eq!(dns.status().tcp.open, 32);
     drop(streams.split_off(1));
     dns.wait("their places are free", |status| status.tcp.open <= 1);
     let mut stream = dns.connect();
@@ -1158,4 +1158,87 @@ fn a_thread_of_mutated_messages_does_not_harm_it() {
         );
     }
     assert!(dns.kept().len() <= 1);
+}
+
+#[test]
+fn a_reload_about_something_else_keeps_what_is_known_and_whom_upstreams_are() {
+    let upstream = Upstream::start(|name, _| say(&format!("{name} 300 A 198.51.100.1")));
+    let text = |more: &str| format!("{}\n{more}", upstream.line());
+    let dns = Dns::start(&text(""));
+    assert_eq!(dns.shows("www.example.org A"), "NOERROR www.example.org A 198.51.100.1");
+    let of = |counts: &[(String, u64)], name: &str| {
+        let found = counts.iter().find(|(counted, _)| counted == name);
+        found.map_or(0, |(_, count)| *count)
+    };
+    let count = |status: &Status| of(&status.upstreams[0].servers[0].counts, "good");
+    let (asked, good) = (upstream.asked().len(), count(&dns.status()));
+    for more in ["", "stale = \"2d\"", "rate_limit = { same = 0 }", ""] {
+        dns.reload(&[dns.address], Opened::default(), &text(more))
+            .expect("good");
+        // Another `stale` is another cache; the upstream is the same.
+        assert!(count(&dns.status()) >= good, "{more}");
+    }
+    let after = upstream.asked().len();
+    assert_eq!(after, asked, "{:?}", upstream.asked());
+    assert_eq!(dns.shows("www.example.org A"), "NOERROR www.example.org A 198.51.100.1");
+    let known = upstream.asked().len();
+    dns.reload(&[dns.address], Opened::default(), &text("rate_limit = { same = 7 }"))
+        .expect("good");
+    assert_eq!(dns.shows("www.example.org A"), "NOERROR www.example.org A 198.51.100.1");
+    assert_eq!(upstream.asked().len(), known, "it is known still");
+    dns.reload(
+        &[dns.address],
+        Opened::default(),
+        &text("exclude_a = [\"203.0.113.0/24\"]"),
+    )
+    .expect("good");
+    assert_eq!(dns.shows("www.example.org A"), "NOERROR www.example.org A 198.51.100.1");
+    assert!(upstream.asked().len() > known, "answers may be others");
+    assert!(count(&dns.status()) > good, "and the upstream is still the same");
+}
+
+#[test]
+fn who_asks_for_dead_names_without_end_keeps_nobody_else_from_being_answered() {
+    let upstream = Upstream::start(|name, _| {
+        if name.ends_with("dead.example.org") {
+            Reaction::Silence
+        } else {
+            say(&format!("{name} 300 A 198.51.100.1"))
+        }
+    });
+    let dns = Dns::start(&format!("{}\n{ZONE}", upstream.line()));
+    let greedy = dns.client();
+    for number in 0..600 {
+        let query = question(&format!("n{number}.dead.example.org A"));
+        greedy.send(&query.to_vec().expect("a query")).expect("sent");
+        if number % 50 == 49 {
+            dns.wait("they came", |status| status.udp.misses + status.udp.dropped > number);
+        }
+    }
+    let refused = Message::from_vec(&received(&greedy)).expect("a message");
+    assert_eq!(refused.metadata.response_code, ResponseCode::ServFail);
+    dns.wait("it is told so", |status| {
+        status.resolved.iter().any(|(name, _)| name == "busy")
+    });
+    // What is answered here takes none of its places, and other addresses have their own.
+    let query = question("edge.fleet AAAA").to_vec().expect("a query");
+    let other = std::net::UdpSocket::bind("127.0.0.2:0").expect("bound");
+    other.connect(dns.address).expect("connected");
+    other.set_read_timeout(Some(SOON)).expect("a timeout");
+    other.send(&query).expect("sent");
+    let reply = Message::from_vec(&received(&other)).expect("a message");
+    assert_eq!(shown(&reply), "NOERROR edge.fleet AAAA fd0d::1");
+}
+
+#[test]
+fn the_end_of_an_alias_grows_old_though_the_alias_is_ours() {
+    let upstream = Upstream::start(|name, _| say(&format!("{name} 300 A 198.51.100.1")));
+    let dns = Dns::start(&format!(
+        "{}\n{ZONE}\naliases = {{ www = \"cdn.example.net.\" }}",
+        upstream.line()
+    ));
+    let ttl = || dns.ask("www.fleet A").answers.last().expect("an address").ttl;
+    assert_eq!(ttl(), 300);
+    wait("its TTL counts down", || ttl() < 300);
+    assert_eq!(dns.ask("edge.fleet AAAA").answers[0].ttl, 1800);
 }

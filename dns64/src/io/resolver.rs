@@ -62,6 +62,8 @@ pub(super) struct Resolution {
     pub(super) answer: Answer,
     /// Seconds that it may be kept; 0 = not at all.
     pub(super) ttl: u32,
+    /// There may be a better one: AAAA failed, and A stands in.
+    pub(super) stopgap: bool,
     /// Where it comes from, as in metrics.
     pub(super) source: &'static str,
 }
@@ -150,6 +152,7 @@ impl Resolver {
                 Ok(Resolution {
                     answer,
                     ttl,
+                    stopgap: false,
                     source: "reverse",
                 })
             }
@@ -174,6 +177,10 @@ impl Resolver {
                 four = four.as_mut(), if early.is_none() => early = Some(four),
             }
         };
+        if let Err(Failure::Busy) = six {
+            // Our own shortage is no failure of theirs, and would turn names that have IPv6 to NAT64.
+            return Err(Failure::Busy);
+        }
         let source = six.as_ref().map_or("upstream", |(_, source)| source);
         let outcome = match synthesis.on_aaaa(six.map(|(answer, _)| answer)) {
             Step::Done(outcome) => outcome,
@@ -190,6 +197,7 @@ impl Resolver {
         Ok(Resolution {
             answer: outcome.answer,
             ttl: outcome.ttl,
+            stopgap: outcome.reason == Reason::Synthesised(Missing::Failed),
             source: if made { "synthesised" } else { source },
         })
     }
@@ -246,6 +254,25 @@ impl Resolver {
             Err(failure) => format!("{name} {kind}: {failure}"),
         });
         result.map(|answer| (answer, "upstream"))
+    }
+
+    /// Whom it asks.
+    pub(super) fn groups(&self) -> impl Iterator<Item = &Forwarder> {
+        self.upstreams
+            .iter()
+            .chain(self.forwards.iter().map(|(_, group)| group))
+    }
+
+    /// Whether the answer is known here, without asking anybody.
+    pub(super) fn knows(&self, question: &Question) -> bool {
+        let Question { name, .. } = question;
+        self.is_own(name)
+            || special::answer(&self.rules, question).is_some()
+            || self.local.answer(question).is_some()
+            || matches!(
+                reverse::answer(&self.rules, self.form, question),
+                Some(Reverse::Done(_))
+            )
     }
 
     fn zoned(&self, question: &Question) -> Option<Answer> {
@@ -321,7 +348,12 @@ fn never_kept(answer: &mut Answer) {
 
 fn plain(answer: Answer, question: &Question, source: &'static str) -> Resolution {
     let ttl = synthesis::lifetime(&answer, &question.name, question.kind);
-    Resolution { answer, ttl, source }
+    Resolution {
+        answer,
+        ttl,
+        stopgap: false,
+        source,
+    }
 }
 
 fn refused(source: &'static str, trace: &Trace, why: impl FnOnce() -> String) -> Resolution {
@@ -329,6 +361,7 @@ fn refused(source: &'static str, trace: &Trace, why: impl FnOnce() -> String) ->
     Resolution {
         answer: Answer::empty(ResponseCode::Refused),
         ttl: 0,
+        stopgap: false,
         source,
     }
 }

@@ -9,7 +9,7 @@
 //! sockets that stay are not touched, and no question is lost.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -59,8 +59,14 @@ use crate::{
 
 /// Messages that may wait for this thread; those that find the queue full stay without an answer.
 const QUEUE: usize = 8192;
-/// Questions under way.
+/// Questions under way that others must be asked, and how many of them one address may have: each takes up to two of the 4096
+/// that a group of upstreams is asked at a time, and nobody is to keep the others from being answered.
 const UNDER_WAY: usize = 16_384;
+const OF_A_SOURCE: usize = 512;
+/// Questions and updates under way that are answered here.
+const OWN_UNDER_WAY: usize = 4096;
+/// Questions that go on when their client has got a stale answer.
+const LATE: usize = 1024;
 /// Updates that may wait for the disk.
 const UPDATES: usize = 1024;
 /// How long a reload waits for an update that is on its way to the disk: less than the supervisor waits for a sign of life.
@@ -206,8 +212,12 @@ pub async fn run(config: Box<Config>, opened: Opened, memory: Memory, links: Lin
     }
 }
 
+/// Content of the files that the configuration names.
+type Files = BTreeMap<PathBuf, Vec<u8>>;
+
 struct Service {
     config: Box<Config>,
+    files: Files,
     house: Arc<House>,
     udp: BTreeMap<SocketAddr, Threads>,
     tcp: BTreeMap<SocketAddr, CancellationToken>,
@@ -234,6 +244,9 @@ struct House {
     commits: mpsc::Sender<Commit>,
     update_queue: mpsc::Sender<Update>,
     under_way: Arc<Semaphore>,
+    own_under_way: Arc<Semaphore>,
+    sources: Sources,
+    late: Semaphore,
     /// Raised whenever what is known becomes wrong.
     generation: AtomicU64,
     /// Raised whenever what is known of zones does.
@@ -250,7 +263,29 @@ struct Update {
     message: Vec<u8>,
     back: Back,
     /// Among those under way, until it is answered.
-    _place: OwnedSemaphorePermit,
+    _place: Place,
+}
+
+/// Among those under way; dropping it gives it back.
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    source: Option<(IpAddr, Sources)>,
+}
+
+/// How many of those that are under way each address has.
+type Sources = Arc<Mutex<HashMap<IpAddr, usize>>>;
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some((source, sources)) = &self.source else { return };
+        let mut sources = lock(sources);
+        if let Some(count) = sources.get_mut(source) {
+            *count -= 1;
+            if *count == 0 {
+                sources.remove(source);
+            }
+        }
+    }
 }
 
 /// The way back to a client.
@@ -338,7 +373,7 @@ impl Back {
 impl Service {
     fn new(
         config: Box<Config>,
-        opened: Opened,
+        mut opened: Opened,
         memory: Memory,
         commits: mpsc::Sender<Commit>,
         own: CancellationToken,
@@ -348,7 +383,7 @@ impl Service {
             keys,
         } = memory;
         let updates = Arc::new(Mutex::new(Updates::new(zones(&config, &mut states)?, keys)));
-        let resolver = resolver(&config, &opened.files, &updates)?;
+        let resolver = resolver(&config, &opened.files, &updates, None)?;
         let front = Arc::new(ArcSwap::from_pointee(Front {
             cache: Arc::new(Cache::new(config.cache(), config.stale(), random()?)),
             access: Access::new(&config.allowed()),
@@ -368,6 +403,9 @@ impl Service {
             commits,
             update_queue,
             under_way: Arc::new(Semaphore::new(UNDER_WAY)),
+            own_under_way: Arc::new(Semaphore::new(OWN_UNDER_WAY)),
+            sources: Arc::default(),
+            late: Semaphore::new(LATE),
             generation: AtomicU64::new(0),
             zone_generation: AtomicU64::new(0),
             stale: AtomicU64::new(0),
@@ -380,6 +418,7 @@ impl Service {
         tokio::spawn(Arc::clone(&house).update(queued, own));
         let mut service = Self {
             config,
+            files: std::mem::take(&mut opened.files),
             house,
             udp: BTreeMap::new(),
             tcp: BTreeMap::new(),
@@ -395,12 +434,19 @@ impl Service {
 
     /// Takes sockets into service.
     fn open(&mut self, opened: Opened) -> Result<(), Error> {
+        let mut udp = BTreeMap::new();
         for (address, sockets) in opened.datagrams {
             let sockets = sockets.into_iter().map(Into::into).collect();
-            let threads = udp::start(sockets, Arc::clone(&self.house.front), self.work.clone())
-                .map_err(|source| Error::Socket { address, source })?;
-            self.udp.insert(address, threads);
+            match udp::start(sockets, Arc::clone(&self.house.front), self.work.clone()) {
+                Ok(threads) => drop(udp.insert(address, threads)),
+                Err(source) => {
+                    // All or nothing.
+                    udp.into_values().for_each(Threads::stop);
+                    return Err(Error::Socket { address, source });
+                }
+            }
         }
+        self.udp.append(&mut udp);
         for (address, listeners) in opened.listeners {
             let stop = CancellationToken::new();
             for listener in listeners {
@@ -420,10 +466,10 @@ impl Service {
         self.udp.values().all(Threads::alive)
     }
 
-    async fn reload(&mut self, config: Box<Config>, mut opened: Opened) -> Result<(), Error> {
-        let files = std::mem::take(&mut opened.files);
-        // No update may be on its way to the disk while its zone is replaced.
+    /// Other answers from here on: none that was given before is known any more.
+    async fn replace_resolver(&mut self, config: &Config, files: &Files, opened: Opened) -> Result<(), Error> {
         let house = Arc::clone(&self.house);
+        // No update may be on its way to the disk while its zone is replaced.
         let gate = timeout(FOR_THE_DISK, house.one_at_a_time.lock()).await;
         let gate = gate.map_err(|_| {
             Error::Config("a dynamic update waits for the disk; try again when the disk answers: dmesg | tail".into())
@@ -435,14 +481,32 @@ impl Service {
                 .iter()
                 .map(|zone| (Owner::of(zone.origin()), zone.state().clone())),
         );
-        let zones = zones(&config, &mut states)?;
-        let resolver = resolver(&config, &files, &house.updates)?;
+        let zones = zones(config, &mut states)?;
+        let resolver = resolver(
+            config,
+            files,
+            &house.updates,
+            Some((&house.resolver.load(), files == &self.files)),
+        )?;
         self.open(opened)?;
         lock(&house.updates).replace_zones(zones);
         *lock(&house.aside) = states;
         drop(gate);
         house.resolver.store(Arc::new(resolver));
         house.lifetimes.store(Arc::new(config.lifetimes()));
+        house.forget(|cache| cache.flush());
+        Ok(())
+    }
+
+    async fn reload(&mut self, config: Box<Config>, mut opened: Opened) -> Result<(), Error> {
+        let files = std::mem::take(&mut opened.files);
+        // Most reloads are about the balancer: what is known stays known, and of upstreams what they are like.
+        if files == self.files && config.answers_as(&self.config) {
+            self.open(opened)?;
+        } else {
+            self.replace_resolver(&config, &files, opened).await?;
+        }
+        let house = Arc::clone(&self.house);
         let old = house.front.load();
         let mut front = Front::clone(&old);
         front.access = Access::new(&config.allowed());
@@ -453,7 +517,6 @@ impl Service {
             front.cache = Arc::new(Cache::new(config.cache(), config.stale(), random()?));
         }
         house.front.store(Arc::new(front));
-        house.forget(|cache| cache.flush());
         let wanted: BTreeSet<SocketAddr> = config.listen.iter().map(|at| at.value).collect();
         let gone: Vec<SocketAddr> = self
             .udp
@@ -471,7 +534,7 @@ impl Service {
                 let _ = tokio::task::spawn_blocking(move || threads.stop()).await;
             }
         }
-        self.config = config;
+        (self.config, self.files) = (config, files);
         Ok(())
     }
 
@@ -493,8 +556,9 @@ impl Service {
             // What was taken from the kernel gets its answer.
             ending.cancel();
             let _ = taking_up.await;
-            let all = u32::try_from(UNDER_WAY).unwrap_or(u32::MAX);
-            let _ = house.under_way.acquire_many(all).await;
+            for (places, all) in [(&house.under_way, UNDER_WAY), (&house.own_under_way, OWN_UNDER_WAY)] {
+                let _ = places.acquire_many(u32::try_from(all).unwrap_or(u32::MAX)).await;
+            }
             tcp_shared.written().await;
         };
         let _ = timeout(grace, end).await;
@@ -560,7 +624,7 @@ impl House {
             let work = tokio::select! {
                 Some(work) = udp.recv() => work,
                 Some(ask) = tcp.recv() => {
-                    self.begin(Back::Tcp(ask)).await;
+                    self.begin(Back::Tcp(ask));
                     continue;
                 }
                 () = ending.cancelled(), if !udp.is_closed() => {
@@ -571,7 +635,7 @@ impl House {
                 else => return,
             };
             match work {
-                Work::Ask(ask) => self.begin(Back::Udp(ask)).await,
+                Work::Ask(ask) => self.begin(Back::Udp(ask)),
                 Work::Refresh(question) => {
                     let house = Arc::clone(&self);
                     let Ok(place) = Arc::clone(&self.under_way).try_acquire_owned() else {
@@ -586,37 +650,81 @@ impl House {
         }
     }
 
-    async fn begin(self: &Arc<Self>, back: Back) {
-        let Ok(place) = Arc::clone(&self.under_way).acquire_owned().await else {
+    /// Answers. Never waits for a place: whoever comes next may not need one.
+    fn begin(self: &Arc<Self>, back: Back) {
+        let query = back.query();
+        let question = query
+            .as_ref()
+            .and_then(|query| query.question().map(|question| (question, query.recursion_desired())));
+        let Some((question, recursion_desired)) = question else {
+            let decoded = query.is_some();
+            if let Some(place) = self.own_place() {
+                let house = Arc::clone(self);
+                tokio::spawn(async move {
+                    if decoded {
+                        let octets = code(&back, ResponseCode::FormErr);
+                        back.send(octets).await;
+                    } else {
+                        house.serve_whole(back, place).await;
+                    }
+                });
+            }
             return;
         };
+        let known_here = self.resolver.load().knows(&question);
+        let place = if known_here {
+            self.own_place()
+        } else {
+            self.place(back.client().ip())
+        };
         let house = Arc::clone(self);
+        let Some(place) = place else {
+            self.count("busy");
+            tokio::spawn(async move {
+                let known = house.keep_serving(&question).then(|| house.known_for(&back)).flatten();
+                let octets = known.unwrap_or_else(|| code(&back, ResponseCode::ServFail));
+                back.send(octets).await;
+            });
+            return;
+        };
+        // Without recursion only what is known here may be told (RFC 1035 §4.1.1); the front has looked at the cache.
+        let refused = !recursion_desired && !known_here;
         tokio::spawn(async move {
-            house.serve(back, place).await;
+            if refused {
+                let octets = code(&back, ResponseCode::Refused);
+                back.send(octets).await;
+            } else {
+                house.serve_question(back, question, place).await;
+            }
         });
     }
 
-    /// Answers; `place` is given back when that is done.
-    async fn serve(&self, back: Back, place: OwnedSemaphorePermit) {
-        let question = back
-            .query()
-            .and_then(|query| query.question().map(|question| (question, query.recursion_desired())));
-        match question {
-            Some((question, recursion_desired)) => self.serve_question(back, question, recursion_desired).await,
-            None if back.query().is_some() => {
-                let octets = code(&back, ResponseCode::FormErr);
-                back.send(octets).await;
-            }
-            None => self.serve_whole(back, place).await,
-        }
+    /// A place for what is answered here.
+    fn own_place(&self) -> Option<Place> {
+        let permit = Arc::clone(&self.own_under_way).try_acquire_owned().ok()?;
+        Some(Place {
+            _permit: permit,
+            source: None,
+        })
     }
 
-    async fn serve_question(&self, back: Back, question: Question, recursion_desired: bool) {
-        // Without recursion only what is known here may be told (RFC 1035 §4.1.1); the front has looked at the cache.
-        if !recursion_desired && !self.is_zoned(&question.name) {
-            let octets = code(&back, ResponseCode::Refused);
-            return back.send(octets).await;
+    /// A place for a question of `source` that others must be asked.
+    fn place(&self, source: IpAddr) -> Option<Place> {
+        let permit = Arc::clone(&self.under_way).try_acquire_owned().ok()?;
+        let mut sources = lock(&self.sources);
+        let count = sources.entry(source).or_default();
+        if *count >= OF_A_SOURCE {
+            return None;
         }
+        *count += 1;
+        Some(Place {
+            _permit: permit,
+            source: Some((source, Arc::clone(&self.sources))),
+        })
+    }
+
+    /// Answers; `place` is given back when that is done.
+    async fn serve_question(&self, back: Back, question: Question, place: Place) {
         let mut renewing = std::pin::pin!(self.renew(&question));
         let (packed, too_late) = match timeout(CLIENT_PATIENCE, renewing.as_mut()).await {
             Ok(packed) => (packed, false),
@@ -635,8 +743,9 @@ impl House {
             },
         };
         back.send(octets).await;
-        if too_late {
-            // For this client, and in time for the next.
+        drop(place);
+        if too_late && let Ok(_late) = self.late.try_acquire() {
+            // Too late for this client, and in time for the next.
             let _ = timeout(Duration::from_secs(10), renewing).await;
         }
     }
@@ -653,7 +762,16 @@ impl House {
         let result = resolver.resolve(question, &Trace::default()).await;
         let mut lifetimes = **self.lifetimes.load();
         let (answer, kept) = match result {
-            Ok(Resolution { answer, ttl, source }) => {
+            // What has run out says more than what stands in for it.
+            Ok(Resolution {
+                stopgap: true, source, ..
+            }) if self.keep_serving(question) => {
+                self.count(source);
+                return None;
+            }
+            Ok(Resolution {
+                answer, ttl, source, ..
+            }) => {
                 self.count(source);
                 lifetimes.longest = lifetimes.longest.min(ttl);
                 lifetimes.longest_negative = lifetimes.longest_negative.min(ttl);
@@ -707,7 +825,7 @@ impl House {
     }
 
     /// A message that is more than a plain query: an UPDATE, or a query that is signed.
-    async fn serve_whole(&self, back: Back, place: OwnedSemaphorePermit) {
+    async fn serve_whole(&self, back: Back, place: Place) {
         let message = back.message().to_vec();
         let opcode = message.get(2).map_or(0, |flags| (flags >> 3) & 15);
         if opcode == u8::from(OpCode::Update) {
@@ -787,11 +905,11 @@ impl House {
         };
         let mut question = Question::new(query.name(), query.query_type());
         question.class = query.query_class();
-        if !request.metadata.recursion_desired && !self.is_zoned(&question.name) {
+        let resolver = self.resolver.load_full();
+        if !request.metadata.recursion_desired && !resolver.knows(&question) {
             response.metadata.response_code = ResponseCode::Refused;
             return;
         }
-        let resolver = self.resolver.load_full();
         match resolver.resolve(&question, &Trace::default()).await {
             Ok(Resolution { answer, .. }) => {
                 response.metadata.response_code = answer.code;
@@ -952,7 +1070,9 @@ impl House {
         let resolver = self.resolver.load_full();
         let resolution = resolver.resolve(&question, &trace).await;
         let mut answer = match resolution {
-            Ok(Resolution { answer, ttl, source }) => resolved(&question, &answer, source, ttl, began),
+            Ok(Resolution {
+                answer, ttl, source, ..
+            }) => resolved(&question, &answer, source, ttl, began),
             Err(failure) if wants_trace => {
                 let empty = crate::Answer::empty(ResponseCode::ServFail);
                 let mut answer = resolved(&question, &empty, "failure", 0, began);
@@ -1136,15 +1256,28 @@ fn zones(config: &Config, states: &mut BTreeMap<Owner, State>) -> Result<Vec<Zon
     Ok(made)
 }
 
+/// What answers come from. Groups of upstreams that `previous` has too stay as they are, if files are the same: what is known
+/// of them, and their connections.
 fn resolver(
     config: &Config,
-    files: &BTreeMap<PathBuf, Vec<u8>>,
+    files: &Files,
     updates: &Arc<Mutex<Updates>>,
+    previous: Option<(&Resolver, bool)>,
 ) -> Result<Resolver, Error> {
     let roots = upstream::Opened {
         roots: files.get(&config.ca_file().value).cloned().unwrap_or_default(),
     };
+    let before = previous
+        .filter(|(_, same_files)| *same_files)
+        .map(|(resolver, _)| resolver);
     let forwarder = |servers: &[settings::At<crate::upstream::Url>]| {
+        let groups = before.into_iter().flat_map(Resolver::groups);
+        if let Some(same) = groups
+            .into_iter()
+            .find(|group| group.asks(servers.iter().map(|at| &at.value)))
+        {
+            return Ok(same.clone());
+        }
         let config = upstream::Config {
             servers: servers.iter().map(|at| at.value.clone()).collect(),
             ..upstream::Config::default()

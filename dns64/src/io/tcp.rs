@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
@@ -29,11 +30,15 @@ use crate::{
     status::Tcp as Counts,
 };
 
-/// Connections at a time, and of one source: an IPv4 address, an IPv6 /64, or all together who may not ask.
+/// Connections at a time, of one address, and of all together who may not ask.
 const MOST: usize = 512;
-const OF_A_SOURCE: usize = 64;
-/// A connection without a message is closed after this time.
+const OF_A_SOURCE: usize = 32;
+const OF_STRANGERS: usize = 64;
+/// A connection without a message is closed after this time; at once, when few places are left (RFC 7766 §6.2.3).
 const IDLE: Duration = Duration::from_secs(15);
+const FEW: usize = MOST / 4;
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// For a message that has begun, and for a client to take its answers.
 const STEP: Duration = Duration::from_secs(5);
 /// Questions of one connection under way.
@@ -105,16 +110,17 @@ impl Shared {
 
     /// A place for one more connection; dropping it gives it back.
     fn place(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
-        let source = if self.front.load().access.allows(client) {
-            source(client)
+        let (source, most) = if self.front.load().access.allows(client) {
+            // Not those of a network: all nodes are in one.
+            (client.to_canonical(), OF_A_SOURCE)
         } else {
             // However many addresses strangers have, they leave places to others.
-            Ipv6Addr::UNSPECIFIED.into()
+            (Ipv6Addr::UNSPECIFIED.into(), OF_STRANGERS)
         };
         let among_all = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         let count = sources.entry(source).or_default();
-        if *count >= OF_A_SOURCE {
+        if *count >= most {
             return None;
         }
         *count += 1;
@@ -225,7 +231,7 @@ async fn read(
     let under_way = Arc::new(Semaphore::new(UNDER_WAY));
     let mut out = vec![0; MOST_TCP];
     loop {
-        let length = timeout(IDLE, from.read_u16()).await??;
+        let length = length(&mut from, shared).await?;
         let mut message = vec![0; usize::from(length)];
         timeout(STEP, from.read_exact(&mut message)).await??;
         shared.received.fetch_add(1, Relaxed);
@@ -264,13 +270,28 @@ async fn read(
     }
 }
 
-/// What counts as one source.
-fn source(client: IpAddr) -> IpAddr {
-    match client.to_canonical() {
-        IpAddr::V4(v4) => v4.into(),
-        IpAddr::V6(v6) => {
-            let [a, b, c, d, ..] = v6.segments();
-            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+/// The length of the next message.
+///
+/// # Errors
+///
+/// There is none, or it does not come in time.
+async fn length(from: &mut OwnedReadHalf, shared: &Shared) -> io::Result<u16> {
+    let (mut octets, mut got) = ([0; 2], 0);
+    let mut waited = Duration::ZERO;
+    while let Some(rest) = octets.get_mut(got..).filter(|rest| !rest.is_empty()) {
+        if timeout(LOOK, from.readable()).await.is_err() {
+            waited += LOOK;
+            if waited >= IDLE || shared.places.available_permits() < FEW {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            continue;
+        }
+        match from.try_read(rest) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => got += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
+    Ok(u16::from_be_bytes(octets))
 }

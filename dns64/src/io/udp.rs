@@ -392,7 +392,11 @@ impl Server {
             return false;
         };
         let question = query.question();
-        question.is_some_and(|question| self.shared.work.try_send(Work::Refresh(question)).is_ok())
+        let sent = question.is_some_and(|question| self.shared.work.try_send(Work::Refresh(question)).is_ok());
+        if sent {
+            self.shared.front.load().cache.refreshing(&query);
+        }
+        sent
     }
 
     /// Nothing came: waits for whatever comes first, a datagram or the end.

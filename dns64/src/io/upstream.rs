@@ -44,6 +44,10 @@ mod connection;
 
 /// How long a check or a measurement may take.
 const CHECK: Duration = Duration::from_millis(1500);
+/// Datagrams that it takes.
+const SENDS: u32 = 6;
+/// For this machine to have again what it has run out of.
+const SHORTAGE: Duration = Duration::from_secs(1);
 
 /// A group of upstreams and how it is asked.
 #[derive(Clone, Debug)]
@@ -218,6 +222,11 @@ impl Forwarder {
         }
     }
 
+    /// Whether it asks just these, in this order.
+    pub fn asks<'a>(&self, servers: impl IntoIterator<Item = &'a Url>) -> bool {
+        self.0.config.servers.iter().eq(servers)
+    }
+
     /// What it is doing.
     pub fn status(&self) -> Status {
         let inner = &self.0;
@@ -315,8 +324,8 @@ impl Inner {
     }
 
     /// One attempt on nobody's behalf, sent six times if it is a datagram: a path that loses three of
-    /// ten makes one in 1400 of those that are there look dead.
-    async fn try_once(&self, question: &Question, server: usize) -> Option<Outcome> {
+    /// ten makes one in 1400 of those that are there look dead. With how often it was sent.
+    async fn try_once(&self, question: &Question, server: usize) -> Option<(Outcome, u32)> {
         let attempt = Attempt {
             number: 0,
             server,
@@ -325,13 +334,13 @@ impl Inner {
         };
         let mut running = match self.begin(question, attempt) {
             Ok(running) => running,
-            Err(outcome) => return Some(outcome),
+            Err(outcome) => return Some((outcome, 1)),
         };
-        for last in [false, false, false, false, false, true] {
-            if let Ok(outcome) = timeout(CHECK / 6, poll_fn(|context| running.poll(context))).await {
-                return Some(outcome);
+        for sends in 1..=SENDS {
+            if let Ok(outcome) = timeout(CHECK / SENDS, poll_fn(|context| running.poll(context))).await {
+                return Some((outcome, sends));
             }
-            if !last {
+            if sends < SENDS {
                 running.send_again();
             }
         }
@@ -344,8 +353,14 @@ async fn check(inner: Weak<Inner>, server: usize) {
     let root = Question::new(&Name::root(), RecordType::NS);
     loop {
         let Some(inner) = inner.upgrade() else { return };
-        let outcome = inner.try_once(&root, server).await;
-        let alive = !matches!(outcome, None | Some(Outcome::Broken | Outcome::Closed | Outcome::Busy));
+        let outcome = inner.try_once(&root, server).await.map(|(outcome, _)| outcome);
+        if outcome == Some(Outcome::Busy) {
+            // That says nothing of the server.
+            drop(inner);
+            sleep(SHORTAGE).await;
+            continue;
+        }
+        let alive = !matches!(outcome, None | Some(Outcome::Broken | Outcome::Closed));
         let (before, wait) = {
             let mut choice = lock(&inner.choice);
             let before = choice.of(server).map(|(state, ..)| state);
@@ -373,11 +388,14 @@ async fn measure(inner: Arc<Inner>, server: usize, question: Question) {
     let now = inner.now();
     let mut choice = lock(&inner.choice);
     match outcome {
-        Some(Outcome::Good(_)) => choice.good(server, Some(now.saturating_sub(began)), now),
-        Some(Outcome::Lame(_) | Outcome::NoEdns) => choice.lame(server),
-        Some(Outcome::Broken | Outcome::Closed) => choice.broken(server),
-        Some(Outcome::Truncated) => choice.heard(server, |counts| counts.truncated += 1),
-        Some(Outcome::Flooded | Outcome::CaseLost | Outcome::Busy) => {}
+        // An answer to one of several datagrams does not tell which (Karn's rule, RFC 6298 §3).
+        Some((Outcome::Good(_), sends)) => {
+            choice.good(server, (sends == 1).then(|| now.saturating_sub(began)), now);
+        }
+        Some((Outcome::Lame(_) | Outcome::NoEdns, _)) => choice.lame(server),
+        Some((Outcome::Broken | Outcome::Closed, _)) => choice.broken(server),
+        Some((Outcome::Truncated, _)) => choice.heard(server, |counts| counts.truncated += 1),
+        Some((Outcome::Flooded | Outcome::CaseLost | Outcome::Busy, _)) => {}
         None => choice.silent(server),
     }
     choice.measured(server);

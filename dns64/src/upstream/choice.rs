@@ -35,7 +35,8 @@ const SAVED: u32 = 64 * RETRY;
 #[derive(Clone, Debug)]
 pub struct Choice {
     servers: Vec<Server>,
-    /// For retries: an upstream that is overloaded gets a quarter more queries at most, and those of a burst.
+    /// For retries beyond the first of each question: an upstream that is overloaded gets a quarter more of them at most, and
+    /// those of a burst.
     saved: u32,
 }
 

@@ -95,6 +95,8 @@ pub struct Inquiry {
     /// When somebody is asked in addition.
     next: Duration,
     attempts: Vec<Progress>,
+    /// How often somebody was asked in addition.
+    extra: u32,
     /// Attempts that follow from what an earlier one learnt.
     follow: Vec<Attempt>,
     /// What it fails with if nothing better comes.
@@ -119,6 +121,7 @@ impl Inquiry {
             until: now + patience,
             next: now,
             attempts: Vec::new(),
+            extra: 0,
             follow: Vec::new(),
             failure: None,
             done: None,
@@ -150,8 +153,12 @@ impl Inquiry {
         let best = choice.pick(|server| self.attempts.iter().any(|progress| progress.attempt.server == server));
         let best = best.filter(|_| self.attempts.len() < ATTEMPTS);
         let again = self.again();
-        if !first && (best.is_some() || again.is_some()) && !choice.may_retry() {
-            return self.wait_or_fail(live);
+        if !first && (best.is_some() || again.is_some()) {
+            // One is every question's own: on a path with losses most need it, and what others need is no business of this one.
+            if self.extra > 0 && !choice.may_retry() {
+                return self.wait_or_fail(live, now);
+            }
+            self.extra += 1;
         }
         if let Some(server) = best {
             let attempt = Attempt {
@@ -163,7 +170,7 @@ impl Inquiry {
             return self.begin(attempt, choice, now);
         }
         let Some(progress) = again.and_then(|index| self.attempts.get_mut(index)) else {
-            return self.wait_or_fail(live);
+            return self.wait_or_fail(live, self.until);
         };
         let Attempt {
             number, server, over, ..
@@ -328,9 +335,10 @@ impl Inquiry {
             .min(self.next)
     }
 
-    fn wait_or_fail(&mut self, live: bool) -> Step {
+    /// Waits for what is under way; somebody may be asked in addition a while after `now`.
+    fn wait_or_fail(&mut self, live: bool, now: Duration) -> Step {
         if live {
-            self.next = self.until;
+            self.next = (now + INTERVAL).min(self.until);
             return Step::Wait(self.wake());
         }
         self.fail(Failure::Unreachable)
@@ -514,15 +522,23 @@ mod tests {
         let mut world = World::new(&TWO);
         while world.choice.may_retry() {}
         world.step(0);
-        assert_eq!(world.step(400), Step::Wait(ms(4000)));
+        assert_eq!(world.step(400), begin(1, 1, Transport::Udp), "one is its own");
+        assert!(matches!(world.step(800), Step::Wait(until) if until < ms(4000)));
+        world.choice.asked();
+        world.choice.asked();
+        world.choice.asked();
+        world.choice.asked();
+        assert_eq!(world.step(3000), Step::Again(0), "others have paid for it");
         world.ended(0, good(), 3000);
         assert_eq!(world.step(3000), Step::Done(Ok(answer())));
 
-        let mut world = World::new(&TWO);
+        let mut world = World::new(&[Transport::Udp; 3]);
         while world.choice.may_retry() {}
         world.step(0);
         world.ended(0, Outcome::Lame(ResponseCode::Refused), 1);
-        assert_eq!(world.step(1), Step::Done(Err(Failure::Code(ResponseCode::Refused))));
+        assert_eq!(world.step(1), begin(1, 1, Transport::Udp));
+        world.ended(1, Outcome::Lame(ResponseCode::Refused), 2);
+        assert_eq!(world.step(2), Step::Done(Err(Failure::Code(ResponseCode::Refused))));
     }
 
     #[test]
