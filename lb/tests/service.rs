@@ -514,7 +514,7 @@ fn a_backend_gets_the_header_and_the_first_bytes_in_one_go_and_answers_come_back
             let _ = std::io::copy(&mut stream, &mut std::io::sink());
         });
         let lb = Balancer::start(&[server], &format!("proxy_protocol = '{version}'"));
-        let mut together = || {
+        let together = || {
             let mut client = lb.connect();
             // The backend has accepted long before; the header waits a moment for what it can travel with.
             thread::sleep(Duration::from_millis(10));

@@ -14,7 +14,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write,
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt,
     sync::{
         Arc, Mutex,
