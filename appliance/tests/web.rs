@@ -52,7 +52,7 @@ async fn send(server: &Server, request: &str) -> String {
     let mut stream = TcpStream::connect(server.address).await.expect("connected");
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut answer = String::new();
-    timeout(Duration::from_secs(10), stream.read_to_string(&mut answer))
+    timeout(Duration::from_secs(30), stream.read_to_string(&mut answer))
         .await
         .expect("in time")
         .expect("text");
@@ -70,6 +70,7 @@ async fn get(server: &Server, path: &str, more: &str) -> String {
 #[tokio::test]
 async fn metrics_are_served_and_asked_for_once_a_second_at_most() {
     let server = serve(None, Ok("edge_up 1\n")).await;
+    let started = Instant::now();
     let answer = get(&server, "/metrics", "").await;
     assert!(
         answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nedge_up 1\n"),
@@ -79,7 +80,8 @@ async fn metrics_are_served_and_asked_for_once_a_second_at_most() {
     for _ in 0..20 {
         get(&server, "/metrics", "").await;
     }
-    assert!(server.asked.load(Ordering::Relaxed) <= 3);
+    let asked = server.asked.load(Ordering::Relaxed);
+    assert!(u64::from(asked) <= 2 + started.elapsed().as_secs(), "{asked}");
     assert_eq!(
         get(&server, "/", "")
             .await
@@ -98,7 +100,7 @@ async fn metrics_are_served_and_asked_for_once_a_second_at_most() {
         .starts_with("HTTP/1.1 405 ")
     );
     server.stop.cancel();
-    timeout(Duration::from_secs(3), server.running)
+    timeout(Duration::from_secs(10), server.running)
         .await
         .expect("it ends")
         .expect("without a panic");
@@ -156,7 +158,7 @@ async fn a_peer_that_says_nothing_or_nonsense_is_closed_and_harms_nobody() {
         let _ = stream.write_all(nonsense.as_bytes()).await;
         let _ = stream.shutdown().await;
         let mut answer = Vec::new();
-        let _ = timeout(Duration::from_secs(7), stream.read_to_end(&mut answer))
+        let _ = timeout(Duration::from_secs(20), stream.read_to_end(&mut answer))
             .await
             .expect("closed in time");
         assert!(!answer.starts_with(b"HTTP/1.1 200"));
@@ -170,5 +172,5 @@ async fn a_peer_that_says_nothing_or_nonsense_is_closed_and_harms_nobody() {
     }
     // Every place is taken by a slow peer; after the time for a head they are free again.
     assert!(get(&server, "/metrics", "").await.contains("edge_up 1"));
-    assert!(started.elapsed() < Duration::from_secs(9), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }

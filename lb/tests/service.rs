@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
     sync::mpsc as std_mpsc,
@@ -22,6 +22,8 @@ use lb::{
 use tokio::sync::{mpsc, oneshot};
 
 const SOON: Duration = Duration::from_secs(10);
+/// A `connect_timeout` that nobody is to wait for, and so long that a machine that holds this process up cannot look like it.
+const TIMEOUT: Duration = Duration::from_secs(4);
 
 #[test]
 fn bytes_arrive_whole_in_both_directions_small_and_bulky() {
@@ -91,28 +93,27 @@ fn a_half_closed_session_that_stays_silent_is_reset() {
     });
     let lb = Balancer::start(&[silent], "half_close_timeout = \"1s\"");
     let mut client = lb.connect();
-    client.shutdown(Shutdown::Write).expect("half-close");
     let begun = Instant::now();
-    assert!(client.read(&mut [0; 1]).is_err(), "a reset, not an answer");
-    assert!(
-        (900..3000).contains(&begun.elapsed().as_millis()),
-        "{:?}",
-        begun.elapsed()
-    );
+    client.shutdown(Shutdown::Write).expect("half-close");
+    let error = client.read_exact(&mut [0]).expect_err("a reset, not an answer");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    assert!(begun.elapsed() >= Duration::from_millis(900), "{:?}", begun.elapsed());
 }
 
 #[test]
 fn an_idle_session_is_closed_and_a_busy_one_is_not() {
-    let lb = Balancer::start(&[echo()], "idle_timeout = \"1s\"");
+    // Longer than this process may be held up: the busy one is not to look idle.
+    let lb = Balancer::start(&[echo()], "idle_timeout = \"3s\"");
     let mut idle = lb.connect();
     let mut busy = lb.connect();
     let begun = Instant::now();
-    while begun.elapsed() < Duration::from_millis(2500) {
+    while begun.elapsed() < Duration::from_millis(4500) {
         busy.write_all(b"x").expect("alive");
         busy.read_exact(&mut [0; 1]).expect("alive");
         thread::sleep(Duration::from_millis(100));
     }
-    assert_eq!(idle.read(&mut [0; 1]).ok(), Some(0), "closed for idleness");
+    let end = idle.read_exact(&mut [0]).expect_err("no byte");
+    assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof, "closed for idleness");
 }
 
 #[test]
@@ -130,8 +131,8 @@ fn a_reset_on_one_side_is_a_reset_on_the_other() {
     let lb = Balancer::start(&[watch], "");
     let mut client = lb.connect();
     client.write_all(b"!").expect("a byte");
-    let error = client.read(&mut [0; 1]).expect_err("the backend's reset");
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    let error = client.read_exact(&mut [0]).expect_err("the backend's reset");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 
     let mut client = lb.connect();
     client.write_all(b"?").expect("a byte");
@@ -141,7 +142,7 @@ fn a_reset_on_one_side_is_a_reset_on_the_other() {
     reset(client);
     assert_eq!(
         resets.recv_timeout(SOON).expect("an end"),
-        Err(std::io::ErrorKind::ConnectionReset)
+        Err(io::ErrorKind::ConnectionReset)
     );
     lb.wait("sessions end", |status| status.frontends[0].sessions == 0);
 }
@@ -170,12 +171,15 @@ fn a_refused_backend_costs_the_client_nothing_but_a_detour() {
 
 #[test]
 fn without_any_backend_the_client_is_reset_at_once() {
-    let lb = Balancer::start(&[closed(), closed()], "");
+    let lb = Balancer::start(&[closed(), closed()], "connect_timeout = '4s'");
     for _ in 0..5 {
         let begun = Instant::now();
-        let error = lb.connect().read(&mut [0; 1]).expect_err("a reset");
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
-        assert!(begun.elapsed() < Duration::from_secs(1));
+        let error = lb
+            .try_connect()
+            .and_then(|mut stream| stream.read_exact(&mut [0]))
+            .expect_err("a reset");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert!(begun.elapsed() < TIMEOUT, "{:?}", begun.elapsed());
     }
     assert_eq!(lb.status().frontends[0].failed_total, 5);
 }
@@ -324,7 +328,7 @@ fn healthz_follows_the_api_backends() {
     assert_eq!(get("/else"), "HTTP/1.1 404 Not Found");
     lb.reload(&text(closed())).expect("good");
     wait("both are banned", || {
-        let _ = lb.connect().read(&mut [0; 1]);
+        let _ = lb.try_connect().and_then(|mut stream| stream.read_exact(&mut [0]));
         get("/healthz") == "HTTP/1.1 503 Service Unavailable"
     });
 }
@@ -357,9 +361,14 @@ fn established_sessions_go_on_in_the_successor_byte_for_byte() {
     half.shutdown(Shutdown::Write).expect("half-close");
     let begun = old.connect();
     let mut busy = ask(&old, 4_000_000);
+    let (go_on, rest) = std_mpsc::channel();
     let reader = thread::spawn(move || {
         let mut got = vec![0; 4_000_000];
-        for chunk in got.chunks_mut(50_000) {
+        for (index, chunk) in got.chunks_mut(50_000).enumerate() {
+            if index == 40 {
+                // Its second half is for the successor, however long that takes to come.
+                let _ = rest.recv();
+            }
             busy.read_exact(chunk).expect("alive");
             thread::sleep(Duration::from_millis(1));
         }
@@ -384,6 +393,7 @@ fn established_sessions_go_on_in_the_successor_byte_for_byte() {
     assert_eq!(after.frontends[0].backends[0].sessions, 5);
     assert!(after.frontends[0].connections_total >= before.frontends[0].connections_total);
     assert!(after.frontends[0].backends[0].bytes_down_total >= before.frontends[0].backends[0].bytes_down_total);
+    go_on.send(()).expect("it reads on");
 
     let mut size = begun;
     size.write_all(&7u32.to_be_bytes()).expect("alive");
@@ -472,7 +482,7 @@ fn bans_and_drains_and_the_journal_are_known_to_the_successor() {
 fn a_silent_backend_costs_a_client_the_hedge_and_no_more() {
     // Its queue is full, so the kernel drops what comes, as a black hole does.
     let (hole, _held) = full_listener();
-    let lb = Balancer::start(&[hole, echo()], "balance = 'round-robin'");
+    let lb = Balancer::start(&[hole, echo()], "balance = 'round-robin'\nconnect_timeout = '4s'");
     let mut longest = Duration::ZERO;
     for _ in 0..4 {
         let begun = Instant::now();
@@ -480,7 +490,7 @@ fn a_silent_backend_costs_a_client_the_hedge_and_no_more() {
         longest = longest.max(begun.elapsed());
     }
     assert!(longest >= Duration::from_millis(200), "none met the hole: {longest:?}");
-    assert!(longest < Duration::from_millis(900), "{longest:?}");
+    assert!(longest < TIMEOUT, "{longest:?}");
     lb.wait("the connect that never came is a failure all the same", |status| {
         status.frontends[0].backends[0].connect_failures_total >= 2
     });
@@ -504,24 +514,29 @@ fn a_backend_gets_the_header_and_the_first_bytes_in_one_go_and_answers_come_back
             let _ = std::io::copy(&mut stream, &mut std::io::sink());
         });
         let lb = Balancer::start(&[server], &format!("proxy_protocol = '{version}'"));
-        let mut client = lb.connect();
-        // The backend has accepted long before; the header waits a moment for what it can travel with.
-        thread::sleep(Duration::from_millis(10));
-        client.write_all(b"GET /").expect("alive");
-        let mut answer = [0; 5];
-        client.read_exact(&mut answer).expect("an answer");
-        assert_eq!(&answer, b"hello");
-        let first = seen.recv().expect("it was served");
-        assert!(first.starts_with(&check), "{version}: {first:?}");
-        assert!(first.ends_with(b"GET /"), "{version}: {first:?}");
+        let together = || {
+            let mut client = lb.connect();
+            // The backend has accepted long before; the header waits a moment for what it can travel with.
+            thread::sleep(Duration::from_millis(10));
+            client.write_all(b"GET /").expect("alive");
+            let mut answer = [0; 5];
+            client.read_exact(&mut answer).expect("an answer");
+            assert_eq!(&answer, b"hello");
+            let first = seen.recv_timeout(SOON).expect("it was served");
+            assert!(first.starts_with(&check), "{version}: {first:?}");
+            first.ends_with(b"GET /")
+        };
+        // A header rightly goes alone once that moment is over, which a client that is held up lets pass.
+        let tries = (1..=10).find(|_| together()).expect("a header with its first bytes");
         let status = lb.status();
         assert_eq!(
-            status.frontends[0].backends[0].bytes_up_total, 5,
+            status.frontends[0].backends[0].bytes_up_total,
+            5 * tries,
             "payload alone is counted"
         );
         // A client that waits for the server to speak first is announced all the same.
         let silent = lb.connect();
-        let first = seen.recv().expect("it was served");
+        let first = seen.recv_timeout(SOON).expect("it was served");
         assert!(first.starts_with(&check), "{version}: {first:?}");
         drop(silent);
     }
@@ -535,10 +550,10 @@ fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
         let _ = stream.read_to_end(&mut all);
         let _ = sender.send(all);
     });
-    let accept = "accept_proxy = { from = ['127.0.0.0/8'], timeout = '1s' }\nproxy_protocol = 'v1'";
+    let accept = "accept_proxy = { from = ['127.0.0.0/8'], timeout = '4s' }\nproxy_protocol = 'v1'";
     let mut lb = Balancer::start(&[server], accept);
     let send = |pieces: &[&[u8]]| {
-        let mut stream = lb.connect();
+        let mut stream = lb.try_connect()?;
         stream.set_nodelay(true).expect("nodelay");
         for piece in pieces {
             // Who is refused may be cut at any byte.
@@ -553,14 +568,14 @@ fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
     };
     let line: &[u8] = b"PROXY TCP6 2001:db8::7 2001:db8::1 4000 443\r\n";
     assert!(send(&[line, b"payload"]).is_ok());
-    assert_eq!(seen.recv().expect("served"), [line, b"payload"].concat());
+    assert_eq!(seen.recv_timeout(SOON).expect("served"), [line, b"payload"].concat());
     let single: Vec<&[u8]> = line.chunks(1).collect();
     assert!(send(&single).is_ok());
-    assert_eq!(seen.recv().expect("served"), line);
+    assert_eq!(seen.recv_timeout(SOON).expect("served"), line);
     // LOCAL: the connection speaks for itself.
     assert!(send(&[b"\r\n\r\n\0\r\nQUIT\n\x20\x00\0\0x"]).is_ok());
     assert!(
-        seen.recv()
+        seen.recv_timeout(SOON)
             .expect("served")
             .starts_with(b"PROXY TCP4 127.0.0.1 127.0.0.1 ")
     );
@@ -575,12 +590,12 @@ fn a_trusted_header_names_the_client_and_anything_else_is_refused() {
     let begun = Instant::now();
     let mut slow = lb.connect();
     slow.write_all(b"PROXY").expect("alive");
-    assert!(!matches!(slow.read(&mut [0; 1]), Ok(1)), "cut at the deadline");
+    let end = slow.read_exact(&mut [0]).expect_err("no byte").kind();
     assert!(
-        (900..3000).contains(&begun.elapsed().as_millis()),
-        "{:?}",
-        begun.elapsed()
+        matches!(end, io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset),
+        "cut at the deadline: {end}"
     );
+    assert!(begun.elapsed() >= Duration::from_millis(3900), "{:?}", begun.elapsed());
     assert!(
         seen.recv_timeout(Duration::from_millis(200)).is_err(),
         "none of them reached the backend"
@@ -615,9 +630,13 @@ fn full_listener() -> (SocketAddr, Vec<TcpStream>) {
     let (socket, address) = bound();
     socket.listen(0).expect("listening");
     std::mem::forget(socket);
-    let mut held = Vec::new();
-    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
-        held.push(stream);
+    let (mut held, mut silent) = (Vec::new(), 0);
+    // Who is held up finds a connection late that was there in time: once proves nothing.
+    while silent < 3 {
+        match TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
+            Ok(stream) => held.push(stream),
+            Err(_) => silent += 1,
+        }
     }
     (address, held)
 }
@@ -748,9 +767,15 @@ impl Balancer {
     }
 
     fn connect(&self) -> TcpStream {
-        let stream = TcpStream::connect(self.address).expect("the listener");
+        self.try_connect().expect("the listener")
+    }
+
+    /// As [`Self::connect`], for sessions that end at once: such a reset may come before connecting returns. A signal ends
+    /// reads with a time limit, which none but `read_exact` and `read_to_end` begin again (signal(7)).
+    fn try_connect(&self) -> io::Result<TcpStream> {
+        let stream = TcpStream::connect(self.address)?;
         stream.set_read_timeout(Some(SOON)).expect("a timeout");
-        stream
+        Ok(stream)
     }
 
     fn ask(&self, request: Request) -> Answer {
@@ -929,9 +954,14 @@ fn pattern(size: usize) -> Vec<u8> {
 }
 
 fn wait(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !condition() {
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
+    let begun = Instant::now();
+    loop {
+        // Taken before the look: who was held up since the last one looks once more.
+        let late = begun.elapsed() > SOON;
+        if condition() {
+            return;
+        }
+        assert!(!late, "waited in vain: {what}");
         thread::sleep(Duration::from_millis(10));
     }
 }

@@ -115,7 +115,7 @@ fn chains_are_followed_and_a_ttl_is_no_longer_than_that_of_the_denial() -> Resul
     for (name, most) in [("v4", 60), ("short", 30)] {
         let reply = stage.dig(&[&format!("{name}.example.org"), "AAAA"])?;
         let ttl = reply.answers[0].ttl;
-        assert!((most - 5..=most).contains(&ttl), "{name}: {}", reply.text);
+        assert!((most - 20..=most).contains(&ttl), "{name}: {}", reply.text);
     }
     Ok(())
 }
@@ -409,7 +409,15 @@ fn strangers_get_silence_by_udp_and_refused_by_tcp() -> Result<()> {
         .netns()
         .ip("addr add fd99::2/64 dev eth0 nodad\nroute add fd00::10/128 dev eth0 src fd99::2")?;
     world.edge.netns().ip("addr add fd99::10/64 dev eth0 nodad")?;
-    let silence = inside.dig_says(&["-b", "fd99::2", "v4.example.org", "AAAA", "+notcp", "+time=1"])?;
+    let silence = inside.dig_says(&[
+        "-b",
+        "fd99::2",
+        "v4.example.org",
+        "AAAA",
+        "+notcp",
+        "+time=1",
+        "+tries=1",
+    ])?;
     assert!(
         silence.out.contains("no servers could be reached") || silence.out.contains("timed out"),
         "{silence}"

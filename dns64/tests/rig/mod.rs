@@ -7,7 +7,8 @@
 //! ```
 
 use std::{
-    io::{Read, Write},
+    collections::BTreeSet,
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc, Mutex, MutexGuard,
@@ -83,7 +84,7 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
-    /// One that follows `script`, which gets names in lower case without a final dot.
+    /// One that follows `script`, which gets names in lower case without a final dot, and of a check of the server the root.
     pub(crate) fn start(script: impl Fn(&str, RecordType) -> Reaction + Send + 'static) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
         let address = socket.local_addr().expect("its address");
@@ -103,7 +104,8 @@ impl Upstream {
         *lock(&self.script) = Box::new(script);
     }
 
-    /// Questions so far, such as `www.example.org A`.
+    /// Questions so far, such as `www.example.org A`. What was sent again because the answer did not come soon is no other
+    /// question, and a check of the server is nobody's.
     pub(crate) fn asked(&self) -> Vec<String> {
         lock(&self.asked).clone()
     }
@@ -125,6 +127,7 @@ impl Upstream {
 fn upstream(socket: UdpSocket, script: Script, asked: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
     thread::spawn(move || {
         let mut octets = [0; 4096];
+        let mut heard = BTreeSet::new();
         loop {
             let (length, client) = socket.recv_from(&mut octets).expect("a datagram");
             if length == 0 {
@@ -133,8 +136,13 @@ fn upstream(socket: UdpSocket, script: Script, asked: Arc<Mutex<Vec<String>>>) -
             let query = Message::from_vec(&octets[..length]).expect("our own query");
             let asking = query.queries.first().expect("a question").clone();
             let name = asking.name().to_lowercase().to_ascii();
-            let name = name.trim_end_matches('.');
-            lock(&asked).push(format!("{name} {}", asking.query_type()));
+            let name = match name.trim_end_matches('.') {
+                "" => ".",
+                name => name,
+            };
+            if name != "." && heard.insert((client, octets[..length].to_vec())) {
+                lock(&asked).push(format!("{name} {}", asking.query_type()));
+            }
             let reaction = lock(&script)(name, asking.query_type());
             react(&socket, client, query, reaction);
         }
@@ -434,7 +442,13 @@ pub(crate) fn client(address: SocketAddr) -> UdpSocket {
 
 pub(crate) fn received(client: &UdpSocket) -> Vec<u8> {
     let mut octets = vec![0; 4096];
-    let length = client.recv(&mut octets).expect("an answer");
+    let length = loop {
+        match client.recv(&mut octets) {
+            // With a time limit the kernel does not begin again by itself when a signal interrupts it (signal(7)).
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            length => break length.expect("an answer"),
+        }
+    };
     octets.truncate(length);
     octets
 }
@@ -606,8 +620,13 @@ impl Dns {
 /// Until `done`, but not for ever.
 pub(crate) fn wait(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
-    while !done() {
-        assert!(begun.elapsed() < SOON, "{what}: not in time");
+    loop {
+        // Taken before the look: who was held up since the last one looks once more.
+        let late = begun.elapsed() > SOON;
+        if done() {
+            return;
+        }
+        assert!(!late, "{what}: not in time");
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -1,5 +1,5 @@
 //! Against servers in this process on loopback: honest, dead, slow, lossy, lying ones. Where time matters it stands still
-//! until a test moves it on.
+//! until a test moves it on; so it does where queries are counted, which a machine that is held up would see sent again.
 
 use std::{
     collections::BTreeSet,
@@ -46,8 +46,9 @@ async fn an_answer_comes_by_every_transport() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn of_replies_from_the_right_source_and_port_with_all_other_ids_none_is_accepted() {
+    let _still = stand_still();
     let mut fake = Fake::start(|heard| match heard.over {
         Transport::Udp => vec![],
         _ => honest(heard),
@@ -89,8 +90,9 @@ async fn without_tcp_a_flood_is_no_answer_either() {
     assert_eq!(asking.await.expect("no panic"), Err(Failure::Unreachable));
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn after_a_hundred_forgeries_the_honest_datagram_is_still_taken() {
+    let _still = stand_still();
     let fake = Fake::start(|heard| {
         let mut replies: Vec<_> = (1..=100_u16)
             .map(|distance| {
@@ -134,8 +136,9 @@ async fn the_right_id_and_question_from_a_wrong_port_or_address_are_not_accepted
     assert_eq!(mismatches, 0, "the kernel kept them away");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn the_right_id_with_a_wrong_question_is_not_accepted() {
+    let _still = stand_still();
     let fake = Fake::start(|heard| {
         let changed = |change: &dyn Fn(&mut Message)| {
             let mut message = Message::from_vec(&reply(heard, FORGED)).expect("it parses");
@@ -166,8 +169,9 @@ async fn the_right_id_with_a_wrong_question_is_not_accepted() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn ids_ports_and_cases_are_spread_over_ten_thousand_queries() {
+    let _still = stand_still();
     let mut fake = Fake::start(honest);
     let forwarder = forwarder(&[fake.url("udp")]);
     let mut asking = JoinSet::<Result<Answer, Failure>>::new();
@@ -228,8 +232,9 @@ async fn ids_ports_and_cases_are_spread_over_ten_thousand_queries() {
     assert!(bits.iter().all(|count| (4700..5300).contains(count)), "{bits:?}");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_question_is_under_way_once_however_many_ask_it() {
+    let _still = stand_still();
     let mut fake = Fake::start(|_| vec![]);
     let forwarder = forwarder(&[fake.url("udp")]);
     let mut asking = JoinSet::new();
@@ -323,8 +328,9 @@ async fn a_dead_upstream_costs_moments_once_then_nothing_until_it_is_back() {
     assert_eq!(forwarder.status().servers[0].counts.outages, 1);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_closed_port_is_known_at_once_and_the_next_server_answers() {
+    let _still = stand_still();
     let closed = {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
         format!("udp://{}", socket.local_addr().expect("an address"))
@@ -335,7 +341,7 @@ async fn a_closed_port_is_known_at_once_and_the_next_server_answers() {
     assert_eq!(ask(&alone, "www.example.org.").await, Err(Failure::Unreachable));
     let both = forwarder(&[closed, fake.url("udp")]);
     assert!(ask(&both, "www.example.org.").await.is_ok());
-    assert!(began.elapsed() < Duration::from_millis(300), "{:?}", began.elapsed());
+    assert_eq!(began.elapsed(), Duration::ZERO);
 }
 
 #[tokio::test(start_paused = true)]
@@ -363,8 +369,9 @@ async fn of_two_thousand_questions_to_a_slow_upstream_none_is_lost_or_waits_for_
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_upstream_that_loses_a_twentieth_of_all_datagrams_answers_every_question() {
+    let _still = stand_still();
     let mut state = 9_u64;
     let fake = Fake::start(move |heard| {
         state = state
@@ -381,7 +388,14 @@ async fn an_upstream_that_loses_a_twentieth_of_all_datagrams_answers_every_quest
     for number in 0..300 {
         asking.spawn(ask(&forwarder, &format!("n{number}.example.org.")));
     }
-    let answers = asking.join_all().await;
+    let mut answers = vec![];
+    while !asking.is_empty() {
+        settle().await;
+        while let Some(asked) = asking.try_join_next() {
+            answers.push(asked.expect("no panic"));
+        }
+        advance(Duration::from_millis(50)).await;
+    }
     let counts = forwarder.status().servers[0].counts;
     let failures: Vec<_> = answers.iter().filter_map(|asked| asked.as_ref().err()).collect();
     assert!(failures.is_empty(), "{failures:?} {counts:?}");
@@ -436,8 +450,9 @@ async fn a_truncated_answer_is_fetched_by_tcp() {
     assert_eq!(forwarder.status().servers[0].counts.truncated, 1);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_server_from_before_edns_is_asked_without_from_then_on() {
+    let _still = stand_still();
     let mut fake = Fake::start(|heard| {
         if heard.message.edns.is_some() {
             let mut bare = heard.bytes[..12].to_vec();
@@ -454,8 +469,9 @@ async fn a_server_from_before_edns_is_asked_without_from_then_on() {
     assert_eq!(edns, [true, false, false]);
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_server_that_does_not_keep_case_is_asked_by_tcp_unless_one_says_that_it_is_so() {
+    let _still = stand_still();
     let lower = |heard: &Heard| {
         let mut message = Message::from_vec(&reply(heard, HONEST)).expect("it parses");
         message.queries[0].name = message.queries[0].name.to_lowercase();
@@ -522,8 +538,9 @@ async fn a_connection_that_the_server_closes_between_questions_costs_no_answer()
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_certificate_must_hold_the_name_and_come_from_an_authority_that_is_trusted() {
+    let _still = stand_still();
     let fake = Fake::start_tls("dns.example.org", honest);
     let stranger = Fake::start_tls("dns.example.org", honest);
     let good = format!("{}#dns.example.org", fake.url("tls"));
