@@ -158,7 +158,7 @@ fn all_in_a_hole() -> Result<()> {
 
 #[test]
 fn a_lone_backend_is_never_banned() -> Result<()> {
-    let world = World::alone(1)?;
+    let world = World::new(1)?;
     let edge = Edge::start(&world.edge, &world.config(KEYS))?;
     let report = until_done(Load::of_echoes(&world.client, world.front(), 50, PATIENCE), 20)?;
     assert_eq!(report.count(&End::Reset), report.attempts.len(), "{}", report.summary());
