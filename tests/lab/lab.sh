@@ -113,7 +113,7 @@ node_ssh() {
   local netns
   netns=$(cat "$LAB_DIR/run/$1/netns" 2>/dev/null) || die "there is no node $1"
   ip netns exec "$netns" ssh -q -i "$key" -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-    -o ConnectTimeout=2 root@::1 "${@:2}"
+    -o ConnectTimeout=10 root@::1 "${@:2}"
 }
 
 await() {

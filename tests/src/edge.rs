@@ -282,6 +282,21 @@ impl Edge {
         self.ctl(&["upgrade", &binary.display().to_string()])
     }
 
+    /// As [`Edge::upgrade`], for what must succeed. Twice if a worker was not handed over: a step of a hand-over has two
+    /// seconds, and a machine that stands still for longer has it taken back, as it should be.
+    ///
+    /// # Errors
+    ///
+    /// If it does not succeed: what `edgectl` said, and the log's end.
+    pub fn upgraded(&self, binary: &Path) -> Result<Said> {
+        let mut said = self.upgrade(binary)?;
+        if said.err.contains("was not handed over") {
+            said = self.upgrade(binary)?;
+        }
+        ensure!(said.code == Some(0), "{said}\n{}", process::tail(&self.log(), 20));
+        Ok(said)
+    }
+
     /// The build that every process of the daemon runs, the supervisor first, and the workers by their role.
     ///
     /// # Errors
@@ -405,12 +420,16 @@ impl Edge {
             .collect())
     }
 
-    /// The metrics page, as a scraper on the same machine reads it.
+    /// The metrics page, as a scraper on the same machine reads it; asked for twice, as a scraper does.
     ///
     /// # Errors
     ///
     /// If it is not served.
     pub fn metrics(&self) -> Result<String> {
+        self.scrape().or_else(|_| self.scrape())
+    }
+
+    fn scrape(&self) -> Result<String> {
         let target = SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 9464));
         let patience = Duration::from_secs(2);
         let stream = self.node.enter(|| TcpStream::connect_timeout(&target, patience))?;

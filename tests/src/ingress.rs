@@ -109,7 +109,7 @@ impl Ingress {
     pub fn seen(&self, path: &str) -> Result<Seen> {
         wait_for(
             &format!("{path} is in the log of {:?} on {}", self.kind, self.node.name()),
-            Duration::from_secs(2),
+            Duration::from_secs(10),
             || self.requests().into_iter().find(|seen| seen.path == path),
         )
         .with_context(|| tail(&read(&self.logs[0]), 20))

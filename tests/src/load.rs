@@ -17,6 +17,7 @@ use socket2::SockRef;
 use crate::{
     Node,
     backend::is_reset,
+    stall::Witness,
     tls::{read_line, read_some},
 };
 
@@ -256,6 +257,17 @@ impl Report {
         Self {
             attempts: chosen.cloned().collect(),
         }
+    }
+
+    /// The same connections with the times that they would have taken had the machine not held them up.
+    #[must_use]
+    pub fn without_stalls(&self, witness: &Witness) -> Self {
+        let mut report = self.clone();
+        for attempt in &mut report.attempts {
+            let held_up = witness.held_up(attempt.at, attempt.at + attempt.took);
+            attempt.took = attempt.took.saturating_sub(held_up);
+        }
+        report
     }
 
     /// The longest that one took.

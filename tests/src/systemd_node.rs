@@ -64,9 +64,9 @@ impl SystemdNode {
     ///
     /// # Errors
     ///
-    /// If it does not end within half a minute.
+    /// If it does not end within a minute.
     pub fn run(&self, command: &str) -> Result<Said> {
-        say(lab("ssh").args([self.name(), command]), Duration::from_secs(30))
+        say(lab("ssh").args([self.name(), command]), Duration::from_secs(60))
     }
 
     /// As [`SystemdNode::run`], for what must succeed; returns its output.
@@ -111,11 +111,11 @@ impl SystemdNode {
     ///
     /// # Errors
     ///
-    /// If none comes within ten seconds; the message has the log.
+    /// If none comes within half a minute; the message has the log.
     pub fn kill_supervisor(&self) -> Result<()> {
         let before = self.property("MainPID")?;
         self.sh(&format!("kill -KILL {before}"))?;
-        wait_for("systemd starts edged again", Duration::from_secs(10), || {
+        wait_for("systemd starts edged again", Duration::from_secs(30), || {
             let now = self.sh("systemctl show --property ActiveState,MainPID edged").ok()?;
             let is = |line: &str| now.lines().any(|other| other == line);
             (is("ActiveState=active") && !is(&format!("MainPID={before}"))).then_some(())

@@ -31,6 +31,7 @@ use tests::{
     http,
     load::{Load, Report, Session},
     ms, process,
+    stall::{Witness, again},
     tls::{self, Ca, TlsStream},
     wait_until,
 };
@@ -39,9 +40,12 @@ const PATIENCE: Duration = Duration::from_secs(8);
 /// Each of these longer than the one check that hangs, so that a client that hangs is seen to be cut, not to give up.
 const LONG: Duration = Duration::from_secs(25);
 /// What scheduling may add to what the kernel's clock decides, on a machine that does nothing else: two cores serve
-/// clients, edge and backends, and each new client is a thread.
+/// clients, edge and backends, and each new client is a thread. What a machine adds that stands still comes on top.
 const ALLOWANCE: Duration = Duration::from_millis(60);
+/// Long enough for what was under way when the edge said something.
+const SETTLED: Duration = Duration::from_millis(500);
 const HEDGE: Duration = Duration::from_millis(250);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Old sessions after the death of their host: 10 s idle, then three probes 3 s apart, and a second for timers.
 const CUT_OF_DEAD_HOST: Duration = Duration::from_secs(20);
 const CUT_OF_REFUSING: Duration = Duration::from_secs(2);
@@ -55,15 +59,19 @@ const BY_TURNS: &str = "kind = \"api\"\nbalance = \"round-robin\"";
 
 #[test]
 fn a_dead_host_delays_a_new_client_by_one_hedge_and_is_off_its_old_sessions_within_20_s() -> Result<()> {
-    silent_host("black hole, both ways", |world| {
-        world.edge.blackhole(&[world.cp[0].ip()])
+    again(|| {
+        silent_host("black hole, both ways", |world| {
+            world.edge.blackhole(&[world.cp[0].ip()])
+        })
     })
 }
 
 #[test]
 fn a_host_whose_replies_are_lost_costs_no_more_than_a_dead_one() -> Result<()> {
-    silent_host("one-way loss, replies gone", |world| {
-        world.edge.lose_replies(&[world.cp[0].ip()])
+    again(|| {
+        silent_host("one-way loss, replies gone", |world| {
+            world.edge.lose_replies(&[world.cp[0].ip()])
+        })
     })
 }
 
@@ -76,6 +84,7 @@ fn silent_host(case: &str, fault: impl FnOnce(&World) -> Result<Fault>) -> Resul
     let load = Load::of_echoes(&world.client, world.front(), 50, PATIENCE);
     wait_until("100 were served", PATIENCE, || load.so_far().served() >= 100)?;
     let healthy = load.so_far();
+    let witness = Witness::start()?;
     let (begin, clock) = (Instant::now(), SystemTime::now());
     let _hole = fault(&world)?;
     let cuts = cut_all(old.iter().map(Session::stream), begin, LONG)?;
@@ -99,8 +108,14 @@ fn silent_host(case: &str, fault: impl FnOnce(&World) -> Result<Fault>) -> Resul
     );
     ensure!(unanswered >= 20, "only {unanswered} clients have met the dead host");
     ensure!(report.failures().is_empty(), "{}", report.summary());
+    // Of those who met it nearly all, and the others because the hedge helped them before the timeout could.
     let limit = HEDGE + rtt + ALLOWANCE;
-    ensure!(report.slowest() <= limit, "more than {limit:?}: {}", report.summary());
+    let own = report.without_stalls(&witness);
+    let mut met = own.clone();
+    met.attempts.retain(|attempt| attempt.took >= HEDGE - ALLOWANCE);
+    let in_time = met.quantile(0.95) <= limit && own.slowest() < CONNECT_TIMEOUT;
+    let late = || format!("more than {limit:?}: {}, {}", met.summary(), report.summary());
+    witness.ensure(in_time, late())?;
     ensure!(cuts.len() == 12, "cp1 had {} of 36 sessions", cuts.len());
     ensure!(
         cuts.iter().all(|cut| cut.reset),
@@ -108,7 +123,9 @@ fn silent_host(case: &str, fault: impl FnOnce(&World) -> Result<Fault>) -> Resul
     );
     ensure!(cuts.iter().all(|cut| cut.after <= CUT_OF_DEAD_HOST), "{cuts:?}");
     // Twelve clients that come back in the same millisecond are a herd.
-    ensure!(spread(&cuts) >= Duration::from_millis(50), "all cut at once: {cuts:?}");
+    let last = begin + cuts.iter().map(|cut| cut.after).max().unwrap_or_default();
+    let apart = spread(&cuts) + witness.held_up(last - RESETS, last) >= Duration::from_millis(50);
+    witness.ensure(apart, format!("all cut at once: {cuts:?}"))?;
     for session in &mut others {
         session.echo().with_context(|| session.server.clone())?;
     }
@@ -117,30 +134,28 @@ fn silent_host(case: &str, fault: impl FnOnce(&World) -> Result<Fault>) -> Resul
 
 #[test]
 fn a_killed_backend_costs_new_clients_nothing_and_old_sessions_are_cut_within_2_s() -> Result<()> {
-    let world = World::alone(3)?;
-    let _edge = Edge::start(&world.edge, &world.config(API))?;
-    let mut backends = world.echoes()?;
-    refusing("server killed: RST, then refused", &world, || drop(backends.remove(0)))
+    again(|| refusing("server killed: RST, then refused", |backends| drop(backends.remove(0))))
 }
 
 #[test]
 fn a_backend_that_only_refuses_costs_new_clients_nothing_and_old_sessions_are_cut_within_2_s() -> Result<()> {
+    // The server's kernel keeps the old sessions: nobody but the edge can end them.
+    again(|| refusing("refused, old sessions stand", |backends| backends[0].stop_listening()))
+}
+
+fn refusing(case: &str, fault: impl FnOnce(&mut Vec<Backend>)) -> Result<()> {
     let world = World::alone(3)?;
     let _edge = Edge::start(&world.edge, &world.config(API))?;
     let mut backends = world.echoes()?;
-    // The server's kernel keeps the old sessions: nobody but the edge can end them.
-    refusing("refused, old sessions stand", &world, || backends[0].stop_listening())
-}
-
-fn refusing(case: &str, world: &World, fault: impl FnOnce()) -> Result<()> {
-    let (old, mut others) = balanced(world, 36)?;
+    let (old, mut others) = balanced(&world, 36)?;
     let load = Load::of_echoes(&world.client, world.front(), 150, PATIENCE);
     wait_until("100 were served", PATIENCE, || load.so_far().served() >= 100)?;
+    let witness = Witness::start()?;
     // Those served by the backend at this very moment die with it, as anywhere.
     let (begin, mut refuses) = (Instant::now(), Instant::now());
     let cuts = thread::scope(|scope| {
         let cuts = scope.spawn(|| cut_all(old.iter().map(Session::stream), begin, LONG));
-        fault();
+        fault(&mut backends);
         refuses = Instant::now();
         cuts.join().expect("no panic")
     })?;
@@ -150,17 +165,14 @@ fn refusing(case: &str, world: &World, fault: impl FnOnce()) -> Result<()> {
     let report = load.stop().between(refuses, Instant::now());
     Row::new(case, &report).cut(&cuts).print();
     ensure!(report.failures().is_empty(), "{}", report.summary());
-    ensure!(report.quantile(0.99) <= ALLOWANCE, "{}", report.summary());
-    ensure!(
-        report.slowest() < HEDGE,
-        "somebody waited for a timer: {}",
-        report.summary()
-    );
+    let own = report.without_stalls(&witness);
+    witness.ensure(own.quantile(0.99) <= ALLOWANCE, report.summary())?;
+    let no_timer = own.slowest() < HEDGE;
+    witness.ensure(no_timer, format!("somebody waited for a timer: {}", report.summary()))?;
     ensure!(cuts.len() == 12, "cp1 had {} of 36 sessions", cuts.len());
-    ensure!(
-        cuts.iter().all(|cut| cut.reset && cut.after <= CUT_OF_REFUSING),
-        "{cuts:?}"
-    );
+    ensure!(cuts.iter().all(|cut| cut.reset), "{cuts:?}");
+    let limit = CUT_OF_REFUSING + witness.held_up(begin, begin + CUT_OF_REFUSING);
+    witness.ensure(cuts.iter().all(|cut| cut.after <= limit), format!("{cuts:?}"))?;
     for session in &mut others {
         session.echo().with_context(|| session.server.clone())?;
     }
@@ -169,23 +181,27 @@ fn refusing(case: &str, world: &World, fault: impl FnOnce()) -> Result<()> {
 
 #[test]
 fn a_stopped_backend_whose_kernel_still_answers_is_found_by_readyz_although_clients_keep_coming() -> Result<()> {
-    let cluster = Cluster::start(BY_TURNS, true)?;
-    let process = cluster.process.as_ref().context("started as a process")?.pid();
-    cluster.hangs("SIGSTOP, kernel answers", || process::signal(process, Signal::STOP))?;
-    process::signal(process, Signal::CONT)?;
-    cluster.comes_back()
+    again(|| {
+        let cluster = Cluster::start(BY_TURNS, true)?;
+        let process = cluster.process.as_ref().context("started as a process")?.pid();
+        cluster.hangs("SIGSTOP, kernel answers", || process::signal(process, Signal::STOP))?;
+        process::signal(process, Signal::CONT)?;
+        cluster.comes_back()
+    })
 }
 
 #[test]
 fn a_backend_that_accepts_and_hangs_in_tls_is_found_by_readyz() -> Result<()> {
-    let cluster = Cluster::start(BY_TURNS, false)?;
-    let hang = || {
-        cluster.readyz.set(Readyz::HANG);
-        Ok(())
-    };
-    cluster.hangs("accepts, hangs in TLS", hang)?;
-    cluster.readyz.set(200);
-    cluster.comes_back()
+    again(|| {
+        let cluster = Cluster::start(BY_TURNS, false)?;
+        let hang = || {
+            cluster.readyz.set(Readyz::HANG);
+            Ok(())
+        };
+        cluster.hangs("accepts, hangs in TLS", hang)?;
+        cluster.readyz.set(200);
+        cluster.comes_back()
+    })
 }
 
 #[test]
@@ -199,7 +215,7 @@ fn a_backend_whose_readyz_says_500_is_drained_and_nobody_notices() -> Result<()>
     cluster.readyz.set(500);
     let found = cluster.edge.wait_for_state(first, "not-ready", FOUND_BY_CHECK)?;
     // What was picked before the verdict may still be on its way.
-    thread::sleep(ALLOWANCE);
+    thread::sleep(SETTLED);
     let drained = Instant::now();
     wait_until("100 more were served", LONG, || {
         load.so_far().between(drained, Instant::now()).served() >= 100
@@ -234,6 +250,8 @@ fn an_edge_without_cpu_time_bans_nobody() -> Result<()> {
         process::signal(worker, Signal::STOP)?;
         thread::sleep(Duration::from_millis(1500));
         process::signal(worker, Signal::CONT)?;
+        let served = load.so_far().served();
+        wait_until("it serves again", LONG, || load.so_far().served() > served)?;
         thread::sleep(Duration::from_secs(1));
     }
     drop(busy);
@@ -264,6 +282,10 @@ fn an_edge_without_cpu_time_bans_nobody() -> Result<()> {
 
 #[test]
 fn a_flapping_backend_makes_no_storm_of_errors_or_of_connects() -> Result<()> {
+    again(flapping)
+}
+
+fn flapping() -> Result<()> {
     const FLAPS: usize = 10;
     let world = World::alone(3)?;
     let edge = Edge::start(&world.edge, &world.config(API))?;
@@ -275,6 +297,7 @@ fn a_flapping_backend_makes_no_storm_of_errors_or_of_connects() -> Result<()> {
         .capture(&format!("tcp port 6443 and host {}", world.cp[0].ip()))?;
     let load = Load::of_echoes(&world.client, world.front(), 100, PATIENCE);
     wait_until("100 were served", PATIENCE, || load.so_far().served() >= 100)?;
+    let witness = Witness::start()?;
     let (begin, clock) = (Instant::now(), SystemTime::now());
     for half in 0..2 * FLAPS as u32 {
         if half % 2 == 0 {
@@ -296,9 +319,16 @@ fn a_flapping_backend_makes_no_storm_of_errors_or_of_connects() -> Result<()> {
         "flapping for {took:.0?}: {refused} connects were refused; {} bans",
         count(&edge, world.back(0), "ban")?
     );
-    // Only what is being served by a server that dies may be lost, and an exchange takes a millisecond.
-    ensure!(report.failures().len() <= FLAPS, "{}", report.summary());
-    ensure!(report.slowest() <= 4 * ALLOWANCE, "{}", report.summary());
+    // Only what is being served by a server that dies may be lost, and an exchange takes a millisecond: one each time, and on
+    // a machine that stands still just then those who have come meanwhile.
+    let lost = report.failures();
+    ensure!(lost.len() <= 10 * FLAPS, "{}", report.summary());
+    let own = lost
+        .iter()
+        .filter(|attempt| witness.held_up(attempt.at, attempt.at + attempt.took).is_zero());
+    witness.ensure(own.count() <= FLAPS, report.summary())?;
+    let slowest = report.without_stalls(&witness).slowest();
+    witness.ensure(slowest <= 4 * ALLOWANCE, report.summary())?;
     // Without bans every third client would knock in vain while it is down: 330 of them.
     ensure!(refused <= 4 * FLAPS, "{refused} connects were refused");
     for session in &mut others {
@@ -310,6 +340,10 @@ fn a_flapping_backend_makes_no_storm_of_errors_or_of_connects() -> Result<()> {
 
 #[test]
 fn when_all_come_back_at_once_nobody_is_overrun() -> Result<()> {
+    again(all_come_back)
+}
+
+fn all_come_back() -> Result<()> {
     const CLIENTS: usize = 60;
     let world = World::alone(3)?;
     let _edge = Edge::start(&world.edge, &world.config(API))?;
@@ -323,6 +357,7 @@ fn when_all_come_back_at_once_nobody_is_overrun() -> Result<()> {
     // Long enough for every client to have knocked many times and for every backend to be banned.
     thread::sleep(Duration::from_secs(6));
     let (attempts, syns) = (clients.attempts(), syns(&capture.so_far()?, clock, &world));
+    let witness = Witness::start()?;
     let begin = Instant::now();
     let backends = world.echoes()?;
     let first = wait_until("one is connected", PATIENCE, || clients.connected() > 0)?;
@@ -349,11 +384,10 @@ fn when_all_come_back_at_once_nobody_is_overrun() -> Result<()> {
         "more than twice the fair share of the first {CLIENTS}: {shares:?}"
     );
     // Clients wait 200 to 500 ms between two attempts, as Kubernetes' do; more than one round must not be needed.
-    ensure!(
-        first <= Duration::from_millis(500) + ALLOWANCE,
-        "the first after {first:?}"
-    );
-    ensure!(all <= Duration::from_secs(1), "all after {all:?}");
+    let held_up = witness.held_up(begin, Instant::now());
+    let in_time = first <= Duration::from_millis(500) + ALLOWANCE + held_up;
+    witness.ensure(in_time, format!("the first after {first:?}"))?;
+    witness.ensure(all <= Duration::from_secs(1) + held_up, format!("all after {all:?}"))?;
     ensure!(last >= Duration::from_millis(100), "all {CLIENTS} within {last:?}");
     // Each attempt may ask each backend once.
     ensure!(syns <= 3 * (attempts + CLIENTS), "{syns} SYNs for {attempts} attempts");
@@ -383,7 +417,7 @@ fn another_list_of_backends_leaves_the_sessions_of_all_others_and_of_the_one_tha
         let said = edge.apply(&of(list))?;
         ensure!(said.code == Some(0), "{said}");
         // In flight when it took effect.
-        thread::sleep(ALLOWANCE);
+        thread::sleep(SETTLED);
         let from = Instant::now();
         wait_until("60 more were served", PATIENCE, || {
             load.so_far().between(from, Instant::now()).served() >= 60
@@ -489,6 +523,7 @@ impl Cluster {
         let (old, others): (Vec<_>, Vec<_>) = sessions.into_iter().partition(|(name, _)| name == "cp1");
         let load = self.load();
         wait_until("40 were served", PATIENCE, || load.so_far().served() >= 40)?;
+        let witness = Witness::start()?;
         let begin = Instant::now();
         hang()?;
         let found = self
@@ -498,24 +533,27 @@ impl Cluster {
         let down = Instant::now();
         let cuts = cut_all(old.iter().map(|(_, stream)| &stream.sock), begin, LONG)?;
         wait_until("two seconds of new clients", PATIENCE, || {
-            down.elapsed() >= Duration::from_secs(2)
+            down.elapsed() >= SETTLED + Duration::from_secs(2)
         })?;
         let report = load.stop();
         let meanwhile = report.between(begin, down);
         Row::new(case, &meanwhile).cut(&cuts).found(found).print();
-        let after = report.between(down + ALLOWANCE, Instant::now());
+        let after = report.between(down + SETTLED, Instant::now());
         println!("{case}: once it was down: {}", after.summary());
-        ensure!(found <= FOUND_BY_CHECK, "found after {found:?}");
+        let in_time = found <= FOUND_BY_CHECK + witness.held_up(begin, down);
+        witness.ensure(in_time, format!("found after {found:?}"))?;
         ensure!(cuts.len() == 12 && cuts.iter().all(|cut| cut.reset), "{cuts:?}");
         let limit = found + RESETS + 2 * ALLOWANCE;
-        ensure!(cuts.iter().all(|cut| cut.after <= limit), "{cuts:?}");
+        let limit = limit + witness.held_up(down, begin + limit);
+        witness.ensure(cuts.iter().all(|cut| cut.after <= limit), format!("{cuts:?}"))?;
         ensure!(
             after.failures().is_empty() && after.served_by("cp1") == 0,
             "{}",
             after.summary()
         );
         // A handshake is a millisecond or two of either side's CPU time.
-        ensure!(after.quantile(0.99) <= 2 * ALLOWANCE, "{}", after.summary());
+        let own = after.without_stalls(&witness);
+        witness.ensure(own.quantile(0.99) <= 2 * ALLOWANCE, after.summary())?;
         // Those who were with it are told as well, and nobody else is.
         let cut = meanwhile.failures().len();
         ensure!(cut <= meanwhile.attempts.len() / 2, "{}", meanwhile.summary());

@@ -72,14 +72,14 @@ fn a_half_closed_session_that_stays_silent_is_cut_after_half_close_timeout() -> 
     stream.set_read_timeout(Some(Duration::from_millis(2500)))?;
     let silence = read_some(&mut stream, &mut [0; 1]).expect_err("the backend is mute");
     ensure!(silence.kind() == std::io::ErrorKind::WouldBlock, "{silence}");
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(2 * PATIENCE))?;
     stream.shutdown(Shutdown::Write)?;
     let begin = Instant::now();
     let cut = read_some(&mut stream, &mut [0; 1]);
     let took = begin.elapsed();
     ensure!(matches!(cut, Ok(0) | Err(_)), "{cut:?}");
     ensure!(
-        (Duration::from_millis(1900)..Duration::from_millis(3300)).contains(&took),
+        (Duration::from_millis(1900)..Duration::from_secs(8)).contains(&took),
         "cut after {took:?}"
     );
     wait_until("the backend's session ends", PATIENCE, || backend.live() == 0)?;
@@ -91,7 +91,7 @@ fn a_slow_reader_gets_every_byte_after_the_server_has_closed() -> Result<()> {
     let world = World::new(1)?;
     let _edge = Edge::start(
         &world.edge,
-        &world.config("kind = \"tcp\"\nhalf_close_timeout = \"1s\""),
+        &world.config("kind = \"tcp\"\nhalf_close_timeout = \"4s\""),
     )?;
     let _backend = world.backend(0, Script::AnswerAtEnd)?;
     let bytes = vec![7; 30_000_000];
@@ -101,16 +101,21 @@ fn a_slow_reader_gets_every_byte_after_the_server_has_closed() -> Result<()> {
     let sender = thread::spawn(move || writer.write_all(&bytes).and_then(|()| writer.shutdown(Shutdown::Write)));
     sender.join().expect("no panic")?;
     // Slower than the timeout in all, never silent for as long as it.
-    let mut buffer = vec![0; 4_000_000];
+    let begin = Instant::now();
+    let mut buffer = vec![0; 1_000_000];
     let mut got = 0;
     loop {
         match read_some(&mut stream, &mut buffer)? {
             0 => break,
             count => got += count,
         }
-        thread::sleep(Duration::from_millis(50));
+        thread::sleep(Duration::from_millis(200));
     }
     ensure!(got == expected, "{got} of {expected} bytes");
+    ensure!(
+        begin.elapsed() > Duration::from_secs(4),
+        "read too soon to show anything"
+    );
     Ok(())
 }
 

@@ -33,6 +33,9 @@ const NAME: &str = "shop.example.org";
 const VERSIONS: [&str; 2] = ["v1", "v2"];
 /// More than enough for each of three workers to get its share.
 const MANY: usize = 60;
+/// The edge waits 30 ms for the first bytes and then sends the header alone. A client that was held up for longer between
+/// connecting and its first word tries again, this often at most.
+const TRIES: usize = 5;
 
 #[test]
 fn every_ingress_logs_the_true_client_of_either_family_by_v1_and_by_v2() -> Result<()> {
@@ -113,17 +116,23 @@ fn the_name_in_a_tls_greeting_reaches_the_ingress_as_the_authority() -> Result<(
     for version in VERSIONS {
         configure(&edge, &only_haproxy(version)?)?;
         for front in [site.edge.at(443), site.edge.at4(443)] {
-            let mut told = Vec::new();
-            for serial in 0..20 {
-                let path = format!("/{version}/{}/{serial}", family(front));
-                let (_, client) = site.get_tls(front, &path)?;
-                let seen = haproxy.seen(&path)?;
-                ensure!(is(&seen, client, front), "{client} to {front} was seen as {seen:?}");
-                told.push(seen.authority);
-            }
             let expected = (version == "v2").then(|| NAME.to_owned());
-            let right = told.iter().filter(|told| **told == expected).count();
-            assert_eq!(right, told.len(), "{version} to {front}: {told:?}");
+            for serial in 0..20 {
+                let mut told = Vec::new();
+                while told.last() != Some(&expected) {
+                    let path = format!("/{version}/{}/{serial}/{}", family(front), told.len());
+                    let (_, client) = site.get_tls(front, &path)?;
+                    let seen = haproxy.seen(&path)?;
+                    ensure!(is(&seen, client, front), "{client} to {front} was seen as {seen:?}");
+                    told.push(seen.authority);
+                    assert!(told.len() <= TRIES, "{version} to {front}: {told:?}");
+                    // Late, or not at all, but never another's.
+                    assert!(
+                        told.iter().flatten().all(|name| Some(name) == expected.as_ref()),
+                        "{told:?}"
+                    );
+                }
+            }
         }
     }
     site.nobody_complains()
@@ -328,7 +337,7 @@ fn what_has_no_right_or_no_whole_header_is_refused_and_nothing_of_it_reaches_a_b
     let front = world.lab.node("front", 3)?;
     let backend = world.backend(0, Script::Echo)?;
     let keys = format!(
-        "kind = \"ingress\"\naccept_proxy = {{ from = [\"{}\", \"{}/32\"], mode = \"required\" }}",
+        "kind = \"ingress\"\naccept_proxy = {{ from = [\"{}\", \"{}/32\"], mode = \"required\", timeout = \"8s\" }}",
         front.ip(),
         front.ip4()
     );
@@ -337,7 +346,7 @@ fn what_has_no_right_or_no_whole_header_is_refused_and_nothing_of_it_reaches_a_b
     let (client, target): (SocketAddr, SocketAddr) = ("198.51.100.7:4711".parse()?, "203.0.113.80:443".parse()?);
     let good = [line(client, target), binary(client, target)];
     let get = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".to_vec();
-    let soon = Duration::from_secs(1);
+    let soon = Duration::from_secs(5);
 
     for to in [world.front(), world.edge.at4(PORT)] {
         // From outside `from`: whatever it sends, even the name of a client that would be let in.
@@ -381,7 +390,7 @@ fn what_has_no_right_or_no_whole_header_is_refused_and_nothing_of_it_reaches_a_b
                 .join()
                 .expect("no panic")
                 .with_context(|| format!("{cut} bytes, then silence"))?;
-            let right = Duration::from_millis(2500)..Duration::from_secs(4);
+            let right = Duration::from_millis(7500)..Duration::from_secs(15);
             ensure!(right.contains(&took), "{cut} bytes, then silence: after {took:?}");
         }
         Ok(())
@@ -454,10 +463,11 @@ impl Site {
 
     /// As [`Site::get`], over TLS.
     fn get_tls(&self, to: SocketAddr, path: &str) -> Result<(String, SocketAddr)> {
+        // Made first: it takes time, and whoever has connected should speak soon.
+        let config = self.ca.client(None)?;
         let stream = self.connect(to)?;
         let own = stream.local_addr()?;
-        let stream = tls::handshake_with(stream, NAME, &self.ca.client(None)?)
-            .with_context(|| format!("TLS, {path} of {to}"))?;
+        let stream = tls::handshake_with(stream, NAME, &config).with_context(|| format!("TLS, {path} of {to}"))?;
         let mut answer = http::request(stream, "GET", path, NAME, "").with_context(|| format!("{path} of {to}"))?;
         ensure!(answer.status == 200, "{path} of {to}: {}", answer.status);
         Ok((answer.text()?, own))
@@ -552,7 +562,7 @@ fn refused(node: &Node, to: SocketAddr, bytes: &[u8], then: Then) -> Result<Dura
         Err(error) if is_reset(&error) => return Ok(begin.elapsed()),
         connected => connected?,
     };
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(4 * PATIENCE))?;
     // It may have been refused already.
     let sent = stream.write_all(bytes).and_then(|()| match then {
         Then::Finish => stream.shutdown(Shutdown::Write),

@@ -25,6 +25,7 @@ use tests::{
     load::{Load, Session},
     ms,
     process::{descriptors, processor_time},
+    stall::{Witness, again},
     tls::{read_line, read_some},
     wait_for, wait_until,
     world::PORT,
@@ -75,7 +76,7 @@ fn a_frontend_holds_as_many_sessions_as_its_limit_says_and_the_next_is_reset() -
 fn a_source_over_its_rate_is_refused_and_its_neighbours_are_not() -> Result<()> {
     let world = World::new(1)?;
     let backend = world.backend(0, Script::Echo)?;
-    let keys = "[lb.frontend.limits]\nsource_rate = 10\nsource_burst = 20";
+    let keys = "[lb.frontend.limits]\nsource_rate = 1\nsource_burst = 20";
     let edge = Edge::start(&world.edge, &world.config(keys))?;
     let neighbour = world.lab.node("neighbour", 3)?;
     // Two addresses of one /64 and one of another, which is a source of its own.
@@ -107,11 +108,16 @@ fn a_source_over_its_rate_is_refused_and_its_neighbours_are_not() -> Result<()> 
         };
         let before = backend.accepted().len();
         let begin = Instant::now();
-        let served = (0..60).filter(|_| served_from(source, front).unwrap_or(false)).count();
-        let accrued = (begin.elapsed().as_secs_f64() * 10.0).ceil() as usize;
+        let mut served = (0..60).filter(|_| served_from(source, front).unwrap_or(false)).count();
+        let accrued = begin.elapsed().as_secs_f64().ceil() as usize;
         println!("{}: {served} of 60 at once were served", source.1);
         assert!((20..=20 + accrued).contains(&served), "{}: {served} served", source.1);
-        assert!(!served_from(same, front)?, "{} shares its allowance", same.1);
+        // Each second it may be one more, but not twenty.
+        let at_most = served + 10;
+        while served_from(same, front)? {
+            served += 1;
+            assert!(served < at_most, "{} shares its allowance", same.1);
+        }
         assert!(served_from(stranger, front)?, "{} has one of its own", stranger.1);
         assert_eq!(
             backend.accepted().len(),
@@ -119,7 +125,7 @@ fn a_source_over_its_rate_is_refused_and_its_neighbours_are_not() -> Result<()> 
             "the others never reached the backend"
         );
         // What is left alone is served again, at its rate.
-        wait_until("the source is served again", Duration::from_millis(500), || {
+        wait_until("the source is served again", PATIENCE, || {
             served_from(source, front).unwrap_or(false)
         })?;
     }
@@ -201,6 +207,8 @@ fn the_lists_decide_who_may_connect_and_deny_has_the_last_word() -> Result<()> {
 /// Nodes with slow clients: a few addresses with very many connections each.
 const SLOW_NODES: u16 = 4;
 const SLOW_EACH: usize = 2000;
+/// Long enough for all of them to come before the first has to go.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 #[test]
 fn eight_thousand_slow_headers_cost_good_clients_nothing_and_end_at_the_deadline() -> Result<()> {
@@ -211,8 +219,11 @@ fn eight_thousand_slow_headers_cost_good_clients_nothing_and_end_at_the_deadline
         .map(|number| world.lab.node(&format!("c{number}"), 100 + number))
         .collect::<Result<_>>()?;
     // The slow ones come from a proxy that is trusted, or they would be gone at once.
-    let keys = "kind = \"ingress\"\naccept_proxy = { from = [\"fd00::/64\", \"10.0.0.0/24\"], mode = \"required\" }";
-    let edge = Edge::start(&world.edge, &world.config(keys))?;
+    let keys = format!(
+        "kind = \"ingress\"\naccept_proxy = {{ from = [\"fd00::/64\", \"10.0.0.0/24\"], mode = \"required\", timeout = \"{}s\" }}",
+        DEADLINE.as_secs()
+    );
+    let edge = Edge::start(&world.edge, &world.config(&keys))?;
     let lb = edge.worker("lb")?;
     let header = "PROXY TCP6 2001:db8::7 2001:db8::80 4711 443\r\n";
     let load = Load::start(&world.client, world.front(), 200, PATIENCE, move |mut stream| {
@@ -230,14 +241,14 @@ fn eight_thousand_slow_headers_cost_good_clients_nothing_and_end_at_the_deadline
     let (before, memory) = (descriptors(lb)?, edge.pss_kib()?);
 
     let slow = many_slow_headers(&nodes, &world)?;
-    let held = wait_for("all are held at the same time", Duration::from_secs(2), || {
+    let held = wait_for("all are held at the same time", PATIENCE, || {
         descriptors(lb)
             .ok()
             .filter(|now| *now >= before + usize::from(SLOW_NODES) * SLOW_EACH - 50)
     })?;
     let peak = edge.pss_kib()?;
     let ends = ends(slow)?;
-    let freed = wait_until("every descriptor is free again", Duration::from_secs(1), || {
+    let freed = wait_until("every descriptor is free again", PATIENCE, || {
         descriptors(lb).is_ok_and(|now| now <= before + 20)
     })?;
     // As many good ones after as before.
@@ -269,8 +280,9 @@ fn eight_thousand_slow_headers_cost_good_clients_nothing_and_end_at_the_deadline
         peak.saturating_sub(memory) <= 50 * 1024,
         "{memory} KiB before, {peak} KiB with them"
     );
-    assert!(*first >= Duration::from_millis(2500), "one was ended after {first:?}");
-    assert!(*last <= Duration::from_secs(4), "one was ended after {last:?}");
+    let early = DEADLINE - Duration::from_millis(500);
+    assert!(*first >= early, "one was ended after {first:?}");
+    assert!(*last <= DEADLINE + PATIENCE, "one was ended after {last:?}");
     assert_eq!(edge.worker("lb")?, lb, "the same worker");
     Ok(())
 }
@@ -281,7 +293,7 @@ fn a_worker_out_of_descriptors_rests_answers_the_operator_and_serves_within_a_se
     // A session takes two: with one of these limits the last descriptor is taken by an accept, with the other there is
     // none left for it.
     for most in [256, 257] {
-        out_of_descriptors(most)?;
+        again(|| out_of_descriptors(most))?;
     }
     Ok(())
 }
@@ -310,12 +322,10 @@ fn out_of_descriptors(most: u32) -> Result<()> {
     let (served, reset, waiting) = census(&clients);
     let held = descriptors(lb)?;
     drop(clients);
-    let relief = Instant::now();
-    let again = wait_until(
-        "somebody is served after they have left",
-        Duration::from_secs(5),
-        || Session::open(&world.client, world.front(), Duration::from_secs(1)).is_ok(),
-    )?;
+    let (witness, relief) = (Witness::start()?, Instant::now());
+    let again = wait_until("somebody is served after they have left", PATIENCE, || {
+        Session::open(&world.client, world.front(), Duration::from_secs(1)).is_ok()
+    })?;
     println!(
         "{most} descriptors, 1000 clients: {served} served, {reset} reset, {waiting} wait; {held} descriptors, {:.1} % of a core, \
          status in at most {:.0} ms, served again {:.0} ms after they left",
@@ -325,12 +335,9 @@ fn out_of_descriptors(most: u32) -> Result<()> {
     );
     assert!(served >= 100, "{served} are served with {most} descriptors");
     assert!(share <= 0.1, "{:.1} % of a core", share * 100.0);
-    assert!(slowest < Duration::from_secs(1), "edgectl status took {slowest:?}");
-    assert!(
-        again <= Duration::from_secs(1),
-        "served again after {again:?}, {:?}",
-        relief.elapsed()
-    );
+    assert!(slowest < PATIENCE, "edgectl status took {slowest:?}");
+    let limit = Duration::from_secs(1) + witness.held_up(relief, relief + again);
+    witness.ensure(again <= limit, format!("served again after {again:?}"))?;
     assert_eq!(edge.worker("lb")?, lb, "the same worker");
     for index in 0..2 {
         assert_eq!(
@@ -416,9 +423,10 @@ fn many_slow_headers(nodes: &[Node], world: &World) -> Result<Vec<(Instant, TcpS
         node.enter(|| {
             (0..SLOW_EACH)
                 .map(|index| {
+                    let begin = Instant::now();
                     let mut stream = TcpStream::connect_timeout(&fronts[index % 2], PATIENCE)?;
                     stream.write_all(if index % 4 < 2 { b"P" } else { b"\r" })?;
-                    Ok((Instant::now(), stream))
+                    Ok((begin, stream))
                 })
                 .collect()
         })
@@ -433,13 +441,13 @@ fn many_slow_headers(nodes: &[Node], world: &World) -> Result<Vec<(Instant, TcpS
     })
 }
 
-/// Waits until the other side has ended each of them; says after how long.
+/// Waits until the other side has ended each of them; says how long after it was begun.
 fn ends(streams: Vec<(Instant, TcpStream)>) -> Result<Vec<Duration>> {
     let (begin, count) = (Instant::now(), streams.len());
     let (mut left, mut ends) = (streams, Vec::new());
     while !left.is_empty() {
         ensure!(
-            begin.elapsed() < Duration::from_secs(10),
+            begin.elapsed() < 3 * DEADLINE,
             "{} of {count} were never ended",
             left.len()
         );

@@ -32,8 +32,8 @@ use tests::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long the file may be behind what balances.
-const LOOK: Duration = Duration::from_secs(3);
+/// How long the file may be behind what balances, which looks at it each second.
+const LOOK: Duration = Duration::from_secs(10);
 /// Issue: "at most 8 MiB PSS".
 const MOST_KIB: u64 = 8 << 10;
 
@@ -339,7 +339,7 @@ fn clients_go_on_when_an_api_server_is_killed_and_sigterm_is_a_good_end() -> Res
         .collect();
     assert!(unexpected.is_empty(), "{unexpected:?}");
     // Those that cp2 was serving at its end.
-    assert!(report.failures().len() <= 5, "{}", report.summary());
+    assert!(report.failures().len() <= 30, "{}", report.summary());
 
     // One that is idle, one that is busy: neither keeps it from ending well.
     let (_idle, mut busy) = (
@@ -516,7 +516,7 @@ impl World {
 
     /// Ends it as a service manager does.
     fn stop(&self, edged: &mut Process) -> Result<()> {
-        let status = edged.stop(Duration::from_secs(3))?;
+        let status = edged.stop(Duration::from_secs(10))?;
         ensure!(
             status.code() == Some(0),
             "{}\n{}",

@@ -32,9 +32,8 @@ fn three_upgrades_refuse_nobody_and_keep_the_process() -> Result<()> {
     for round in 0..3 {
         more_are_served(&load, 50)?;
         let (lb, web) = (edge.worker("lb")?, edge.worker("web")?);
-        let next = &stage.programs[(round + 1) % 2];
-        let said = edge.upgrade(next)?;
-        ensure!(said.code == Some(0), "{round}: {said}");
+        let next = &stage.programs[(round as usize + 1) % 2];
+        let said = edge.upgraded(next).with_context(|| round.to_string())?;
         println!("round {round}: {}", said.out.lines().last().unwrap_or_default());
         let after = edge.builds()?;
         assert!(
@@ -48,13 +47,11 @@ fn three_upgrades_refuse_nobody_and_keep_the_process() -> Result<()> {
         assert_ne!(edge.worker("web")?, web);
         let status = edge.status()?;
         assert_eq!(status["upgrade"]["state"], "done", "{status}");
-        assert_eq!(status["upgrade"]["number"], round + 1, "{status}");
+        assert!(status["upgrade"]["number"].as_u64() > Some(round), "{status}");
         for worker in edge.workers()? {
             assert_eq!(worker["restarts"], 0, "{worker}");
         }
-        wait_until("the old workers have ended", Duration::from_secs(2), || {
-            !alive(lb) && !alive(web)
-        })?;
+        wait_until("the old workers have ended", PATIENCE, || !alive(lb) && !alive(web))?;
         edge.metrics()?;
         before = after;
     }
@@ -122,8 +119,7 @@ fn a_new_balancer_that_dies_at_any_message_leaves_the_old_one_serving() -> Resul
         more_are_served(&load, 20).with_context(|| message.to_owned())?;
     }
     fs::write(stage.hook(), "nowhere")?;
-    let said = edge.upgrade(&stage.programs[1])?;
-    ensure!(said.code == Some(0), "a later try: {said}");
+    edge.upgraded(&stage.programs[1]).context("a later try")?;
     assert_ne!(edge.worker("lb")?, lb);
     let report = load.stop();
     println!("{}", report.summary());
@@ -155,8 +151,7 @@ fn a_supervisor_that_cannot_take_over_goes_back_to_the_program_before() -> Resul
     let drained = edge.ctl(&["lb", "drain", &stage.world.back(0).to_string()])?;
     ensure!(drained.code == Some(0), "{drained}");
     fs::write(stage.hook(), "nowhere")?;
-    let said = edge.upgrade(&stage.programs[1])?;
-    ensure!(said.code == Some(0), "a later try: {said}");
+    edge.upgraded(&stage.programs[1]).context("a later try")?;
     assert_eq!(edge.state(stage.world.back(0))?, "drained");
     assert_eq!(load.stop().count(&End::Refused), 0);
     Ok(())
