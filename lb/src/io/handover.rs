@@ -98,6 +98,9 @@ struct SessionRecord {
     last_byte: Moment,
     client_nodelay: bool,
     reset_at: Option<Moment>,
+    /// When it is looked at why nothing more is taken: hand-overs that follow each other must not put it off for ever.
+    #[serde(default)]
+    stall_at: Option<Moment>,
     /// The kernel has been told to wait for it.
     #[serde(default)]
     patient: [bool; 2],
@@ -336,6 +339,7 @@ impl Reactor {
         session.header = record.header.map(Box::new);
         session.last_byte = record.last_byte;
         session.reset_at = record.reset_at;
+        session.stall_at = record.stall_at;
         session.patient = record.patient;
         session.client_nodelay = record.client_nodelay;
         session.up = Direction::restored(&record.up, &up_rest, pipe(&record.up, &mut descriptors));
@@ -430,6 +434,7 @@ fn write_down(
         last_byte: session.last_byte,
         client_nodelay: session.client_nodelay,
         reset_at: session.reset_at,
+        stall_at: session.stall_at,
         patient: session.patient,
         backend,
         up,
