@@ -1277,3 +1277,20 @@ fn the_end_of_an_alias_grows_old_though_the_alias_is_ours() {
     wait("its TTL counts down", || ttl() < 300);
     assert_eq!(dns.ask("edge.fleet AAAA").answers[0].ttl, 1800);
 }
+
+#[test]
+fn when_few_places_are_left_idle_connections_end_at_once() {
+    let dns = Dns::start(ZONE);
+    let connect = |last: u8| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        let source = std::net::SocketAddr::from(([127, 0, 0, last], 0));
+        socket.bind(&source.into()).expect("bound");
+        socket.connect(&dns.address.into()).expect("connected");
+        socket
+    };
+    let streams: Vec<_> = (2..15).flat_map(|last| [last; 30]).map(connect).collect();
+    dns.wait("some have ended, long before their time", |status| {
+        status.tcp.accepted >= streams.len() as u64 && status.tcp.open <= 384
+    });
+    assert_eq!(dns.status().tcp.turned_away, 0);
+}

@@ -564,7 +564,7 @@ impl Actor {
         heard: &mut mpsc::Receiver<Heard>,
         life: &mut Life,
     ) -> Result<Running, String> {
-        if !life.ready || life.wanted || life.reload.is_some() || life.successor.is_some() {
+        if !life.ready || life.wanted || life.reload.is_some() || life.successor.is_some() || life.heir {
             return Err("it is being started, changed or stopped".into());
         }
         let channel = process.pause().await?;

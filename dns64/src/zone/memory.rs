@@ -94,3 +94,64 @@ impl Memory {
 fn weight(records: &[NodeRecord]) -> usize {
     records.iter().map(NodeRecord::weight).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use super::*;
+    use crate::zone::Algorithm;
+
+    #[test]
+    fn what_is_kept_weighs_more_than_its_text_and_grows_by_what_is_said() {
+        let owner = |name: &str| name.parse::<Owner>().expect("a name");
+        let mut memory = Memory::default();
+        let mut grown = 0;
+        for number in 0..100_u16 {
+            let node = owner(&format!("node{number}.fleet."));
+            let key = Key::mint(node.clone(), Algorithm::HmacSha512, node.clone(), &[7; 64]).expect("a key");
+            let records = vec![
+                NodeRecord::Aaaa {
+                    ttl: 86_400,
+                    address: Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, number),
+                },
+                NodeRecord::Txt {
+                    ttl: 86_400,
+                    text: vec!["\"".repeat(255)],
+                },
+                NodeRecord::Txt {
+                    ttl: 86_400,
+                    text: vec![String::new(); 256],
+                },
+                NodeRecord::Sshfp {
+                    ttl: 86_400,
+                    algorithm: 4,
+                    fingerprint_type: 2,
+                    fingerprint: "a".repeat(64),
+                },
+            ];
+            let change = Change {
+                zone: owner("fleet."),
+                base: number.into(),
+                node: node.clone(),
+                records,
+                serials: [(owner("fleet."), u32::from(number) + 1)].into(),
+                signed: Some((node, 1_800_000_000)),
+            };
+            for durable in [Durable::Key(key), Durable::Zone(change.clone())] {
+                grown += memory.growth(&durable);
+                memory.keep(durable);
+            }
+            assert_eq!(memory.growth(&Durable::Zone(change)), 0, "the same again");
+        }
+        let text = serde_json::to_string(&memory).expect("text");
+        assert!(memory.weight() >= text.len(), "{} {}", memory.weight(), text.len());
+        assert_eq!(memory.weight(), grown);
+        let removed = Durable::KeyRemoved {
+            name: owner("node7.fleet."),
+            change: None,
+        };
+        memory.keep(removed);
+        assert!(memory.weight() < grown - 1000, "the records go with the last key");
+    }
+}

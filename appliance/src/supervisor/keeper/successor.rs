@@ -78,7 +78,7 @@ impl Successor {
 impl Actor {
     /// Starts a successor beside `process`.
     pub(super) fn succeed(&mut self, reply: oneshot::Sender<Result<(), String>>, process: &Process, life: &mut Life) {
-        if !life.ready || life.wanted || life.reload.is_some() || life.successor.is_some() {
+        if !life.ready || life.wanted || life.reload.is_some() || life.successor.is_some() || life.heir {
             let _ = reply.send(Err("it is being started, changed or stopped already".into()));
             return;
         }
