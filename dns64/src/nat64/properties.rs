@@ -21,7 +21,10 @@ fn from_ipv4_to_ipv6_and_back_under_any_prefix_payload_and_checksum_stay_right()
         let back = run(&there, |packet| translator.translate(&mut mapper, packet)).forwarded();
         assert_right(&back);
         // All but identification, DF, hops and header checksum.
-        assert_eq!((&back[..4], &back[9..10], &back[12..]), (&sent[..4], &sent[9..10], &sent[12..]));
+        assert_eq!(
+            (&back[..4], &back[9..10], &back[12..]),
+            (&sent[..4], &sent[9..10], &sent[12..])
+        );
         assert_eq!(back[8], 62);
     }
 }
@@ -38,7 +41,10 @@ fn from_ipv6_to_ipv4_and_back_under_any_prefix_and_suffix_payload_and_checksum_s
         let sent = sum_if_known(v6(&noisy[0].to_string(), &noisy[1].to_string(), protocol, &body));
         let there = run(&sent, |packet| translator.translate(&mut mapper, packet)).forwarded();
         assert_right(&there);
-        assert_eq!((&there[12..16], &there[16..20]), (&source.octets()[..], &destination.octets()[..]));
+        assert_eq!(
+            (&there[12..16], &there[16..20]),
+            (&source.octets()[..], &destination.octets()[..])
+        );
         let back = run(&there, |packet| translator.translate(&mut mapper, packet)).forwarded();
         let plain = [source, destination].map(|v4| prefix.embed(v4).to_string());
         // The suffix is gone, and with it what it added to the checksum.
@@ -83,7 +89,13 @@ fn errors_about_any_packet_have_right_checksums_or_equally_wrong_ones() {
         let prefix = mapper.prefix.expect("a prefix");
         let from_v4 = round % 2 == 0;
         let ends = [unicast(&mut random), unicast(&mut random)];
-        let ends = ends.map(|v4| if from_v4 { v4.to_string() } else { prefix.embed(v4).to_string() });
+        let ends = ends.map(|v4| {
+            if from_v4 {
+                v4.to_string()
+            } else {
+                prefix.embed(v4).to_string()
+            }
+        });
         let (protocol, body) = body(&mut random, from_v4);
         let mut quoted = if from_v4 {
             sum_if_known(v4(&ends[1], &ends[0], protocol, &body))
@@ -168,7 +180,12 @@ fn seeds() -> Vec<Vec<u8>> {
         seeds.push(v4(server_v4, host_v4, protocol, &body));
         seeds.push(v6(host_v6, server_v6, protocol, &body));
         seeds.push(v6(host_v6, server_v6, 44, &fragment(protocol, 1, 0, true, &body)));
-        seeds.push(v6(host_v6, server_v6, 60, &[&[protocol, 0, 0, 0, 0, 0, 0, 0], &body[..]].concat()));
+        seeds.push(v6(
+            host_v6,
+            server_v6,
+            60,
+            &[&[protocol, 0, 0, 0, 0, 0, 0, 0], &body[..]].concat(),
+        ));
         for words in [0, 8, 32] {
             let quoted = [&v4(host_v4, server_v4, protocol, &body)[..], &[0; 160]].concat();
             for kind in [3, 11, 12] {
@@ -176,7 +193,12 @@ fn seeds() -> Vec<Vec<u8>> {
             }
             let quoted = [&v6(server_v6, host_v6, protocol, &body)[..], &[0; 160]].concat();
             for kind in [1, 2, 3, 4] {
-                seeds.push(v6(host_v6, server_v6, 58, &icmp(kind, 0, [words / 2, 0, 0, 0], &quoted)));
+                seeds.push(v6(
+                    host_v6,
+                    server_v6,
+                    58,
+                    &icmp(kind, 0, [words / 2, 0, 0, 0], &quoted),
+                ));
             }
         }
     }
@@ -185,7 +207,12 @@ fn seeds() -> Vec<Vec<u8>> {
     // Between two mapped hosts.
     seeds.push(v6(host_v6, "2001:db8:1c6:3364:9::", 17, &udp(9)));
     let quoted = v6("2001:db8:1c6:3364:7::", "2001:db8:3::9", 17, &udp(9));
-    seeds.push(v6("2001:db8:3::9", "2001:db8:1c6:3364:7::", 58, &icmp(1, 4, [0; 4], &quoted)));
+    seeds.push(v6(
+        "2001:db8:3::9",
+        "2001:db8:1c6:3364:7::",
+        58,
+        &icmp(1, 4, [0; 4], &quoted),
+    ));
     seeds
 }
 
