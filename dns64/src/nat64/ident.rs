@@ -2,7 +2,7 @@
 //! (RFC 6864 §4.2), and none that says how much others send (RFC 7739 §3).
 
 use std::{
-    hash::{BuildHasher, Hash, Hasher},
+    hash::BuildHasher,
     net::Ipv4Addr,
     sync::atomic::{AtomicU16, Ordering::Relaxed},
 };
@@ -40,9 +40,8 @@ impl Idents {
 
     /// The first of `count` numbers, which follow each other, for packets from `source` to `destination`.
     pub(super) fn take(&self, source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, count: u16) -> u16 {
-        let mut hasher = self.key.build_hasher();
-        (source.to_bits(), destination.to_bits(), protocol).hash(&mut hasher);
-        let [a, b, c, d, ..] = hasher.finish().to_be_bytes();
+        let hash = self.key.hash_one((source.to_bits(), destination.to_bits(), protocol));
+        let [a, b, c, d, ..] = hash.to_be_bytes();
         let counter = self.counters.get(usize::from(u16::from_be_bytes([a, b])) % COUNTERS);
         let taken = counter.map_or(0, |counter| counter.fetch_add(count, Relaxed));
         taken.wrapping_add(u16::from_be_bytes([c, d]))

@@ -127,10 +127,6 @@ impl Pieces<'_> {
     ///
     /// Without fragmentation there is exactly one.
     // No `Iterator`: its items would outlive each other, and these lie in one another's place.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "it lends what it gives, which no Iterator can"
-    )]
     pub fn next(&mut self, before: usize) -> Option<&mut [u8]> {
         if self.done {
             return None;
@@ -151,10 +147,7 @@ impl Pieces<'_> {
                 .buffer
                 .get_mut(start..packet.start)?
                 .copy_from_slice(&split.header);
-            split.offset = split
-                .offset
-                .checked_add(u16::try_from(length).ok()?)
-                .unwrap_or(u16::MAX);
+            split.offset = split.offset.saturating_add(u16::try_from(length).ok()?);
             packet.start = end;
             self.done = last;
             return packet.buffer.get_mut(start.checked_sub(before)?..end);

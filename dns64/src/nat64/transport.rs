@@ -48,9 +48,22 @@ pub(super) fn rewrite(transport: &mut [u8], protocol: u8, change: &Change, parti
             )),
         }
     } else {
-        checksum::updated(field, before.plus(change.from), after.plus(change.to))
+        match checksum::updated(field, before.plus(change.from), after.plus(change.to)) {
+            // Both zeros are one number in this arithmetic, and the difference cannot tell them apart. An echo reply of zeros,
+            // which in IPv4 has no pseudo-header, sums up to nothing, of which the complement is ffff (RFC 1071 §4.1).
+            0 if protocol == protocol::ICMP && is_all_zero_but(transport, at) => 0xffff,
+            field => field,
+        }
     };
     set_word(transport, at, field);
+}
+
+fn is_all_zero_but(transport: &[u8], checksum: usize) -> bool {
+    let counts = |place: usize| !(checksum..checksum + 2).contains(&place);
+    transport
+        .iter()
+        .enumerate()
+        .all(|(place, octet)| *octet == 0 || !counts(place))
 }
 
 /// Gives a UDP datagram the checksum that it had not, over the pseudo-header that `pseudo` gives for its length. That is its
