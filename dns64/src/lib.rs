@@ -4,6 +4,7 @@
 //! datagram -> front (may it ask, is it known) -> reply
 //!               \-> special names | zone | hosts | reverse | synthesis over upstream -> packed -> cache -> reply
 //! UPDATE   -> zone (signature, policy) -> store -> reply
+//! packet   -> nat64 (whose address stands for whose) -> packet of the other version
 //! ```
 //! [`prefix`] is what DNS64 and NAT64 share: where in an IPv6 address the IPv4 address lies. Everything outside [`io`] is
 //! pure: values and `now` in, values out.
@@ -17,6 +18,7 @@ pub mod cookie;
 pub mod front;
 #[cfg(feature = "io")]
 pub mod io;
+pub mod nat64;
 pub mod packed;
 pub mod prefix;
 pub mod query;
