@@ -50,6 +50,8 @@ pub enum Verdict {
 pub struct Rate {
     same: Option<Bucket>,
     all: Option<Bucket>,
+    /// Ticks that no bucket is further from being full.
+    deepest: u64,
     lines: Box<[Line]>,
     refused: AtomicU64,
     seed: u64,
@@ -82,6 +84,12 @@ impl Rate {
         Self {
             same,
             all,
+            deepest: same
+                .into_iter()
+                .chain(all)
+                .map(|bucket: Bucket| bucket.depth)
+                .max()
+                .unwrap_or(0),
             lines: (0..lines).map(|_| Line::default()).collect(),
             refused: AtomicU64::new(0),
             seed,
@@ -114,13 +122,8 @@ impl Rate {
         };
         let owner = hash & !TIME;
         // Zero is full. So is a moment that no bucket reaches: the clock of the ticks has begun anew.
-        let deepest = [self.same, self.all]
-            .into_iter()
-            .flatten()
-            .map(|bucket| bucket.depth)
-            .max();
         let full = |word: u64| match word & TIME {
-            full if full > now && full - now <= deepest.unwrap_or(0) => full,
+            full if full > now && full - now <= self.deepest => full,
             _ => 0,
         };
         let words = line.each_ref().map(|word| word.load(Relaxed));

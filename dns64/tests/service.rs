@@ -1294,3 +1294,24 @@ fn when_few_places_are_left_idle_connections_end_at_once() {
     });
     assert_eq!(dns.status().tcp.turned_away, 0);
 }
+
+#[test]
+fn a_key_of_a_zone_that_is_gone_can_be_removed_and_its_records_do_not_come_back() {
+    let mut memory = Memory::default();
+    let node = keyed("node1", &mut memory);
+    let dns = Dns::start_with(ZONE, memory);
+    let said = dns.signed(update("node1.fleet 300 AAAA fd0d::11"), &node);
+    assert_eq!(shown(&said), "NOERROR");
+    let other = ZONE.replace("fleet", "other").replace("fd0d:", "fd0e:");
+    dns.reload(&[dns.address], Opened::default(), &other).expect("good");
+    let name = match dns.request(Request::Keys) {
+        Answer::Keys { keys } => keys[0].name.clone(),
+        other => panic!("{other:?}"),
+    };
+    let Answer::Removed { records, node, .. } = dns.request(Request::RemoveKey { name }) else {
+        panic!("it is removed")
+    };
+    assert_eq!((records, node.as_str()), (true, "node1.fleet."));
+    dns.reload(&[dns.address], Opened::default(), ZONE).expect("good");
+    assert_eq!(dns.shows("node1.fleet AAAA"), "NXDOMAIN");
+}

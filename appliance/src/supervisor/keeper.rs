@@ -796,7 +796,7 @@ impl Actor {
         let Kept { drains, dns64, unread } = &self.links.kept;
         match durable {
             Durable::Dns64(_) if let Some(why) = unread => Err(format!(
-                "what is kept of nodes could not be read at the start, and nothing is written over it: {why}"
+                "what is kept of nodes could not be read at the start, and nothing is written over it: {why}; put a copy of the state directory back, or move it aside and make the keys anew"
             )),
             Durable::Drain { set: true, .. } if drains.len() >= DRAINS => Err(format!(
                 "{DRAINS} drains are kept already, which is the limit; take some back"

@@ -142,6 +142,13 @@ pub enum Question {
     Dns64(dns64::status::Request),
 }
 
+impl Question {
+    /// Whether asking it twice is something else than asking it once.
+    pub const fn is_once(&self) -> bool {
+        matches!(self, Self::Dns64(dns64::status::Request::AddKey { .. }))
+    }
+}
+
 /// The answer to a [`Question`], from the same role.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -5,8 +5,8 @@
 //! tcp tasks   ---> work (bounded) ---<
 //!                                     \-> UPDATE, one after the other -> commit (durable) -> reply
 //! ```
-//! Everything but the udp threads runs on one thread. A reload replaces what answers come from and forgets what was known;
-//! sockets that stay are not touched, and no question is lost.
+//! Everything but the udp threads runs on one thread. A reload that changes answers replaces what they come from and forgets
+//! what was known; sockets that stay are not touched, and no question is lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -234,7 +234,7 @@ struct Service {
 struct House {
     front: Arc<ArcSwap<Front>>,
     resolver: ArcSwap<Resolver>,
-    /// What [`Resolver`] forwards to, for the status.
+    /// Bounds on how long answers are kept.
     lifetimes: ArcSwap<Lifetimes>,
     updates: Arc<Mutex<Updates>>,
     /// What nodes registered in zones that are not configured now.
@@ -989,8 +989,27 @@ impl House {
 
     async fn learn(&self, durable: Durable) {
         let _gate = self.one_at_a_time.lock().await;
+        if let Durable::KeyRemoved { name, .. } = &durable {
+            self.forget_aside(name);
+        }
         lock(&self.updates).learn(durable);
         self.forget_zones();
+    }
+
+    /// Forgets, in zones that are not configured now, a key that is being removed, and with its node's last one the node.
+    /// Whether that had records there.
+    fn forget_aside(&self, key: &Owner) -> bool {
+        let updates = lock(&self.updates);
+        let Some(node) = updates.keys().get(key.name()).map(|key| key.node.clone()) else {
+            return false;
+        };
+        let last = updates.keys().iter().filter(|key| key.node == node).count() == 1;
+        let mut had = false;
+        for state in lock(&self.aside).values_mut() {
+            state.signed.remove(key);
+            had |= last && state.nodes.remove(&node).is_some();
+        }
+        had
     }
 
     /// Forgets what was known of the zones.
@@ -1216,9 +1235,7 @@ impl House {
                 .ok_or_else(|| format!("there is no key {name}; see them: edgectl dns key list"))?;
             (key.node.clone(), updates.removal(&name))
         };
-        let last = lock(&self.updates).keys().iter().filter(|key| key.node == node).count() == 1;
-        let aside = last && lock(&self.aside).values().any(|state| state.nodes.contains_key(&node));
-        let records = change.is_some() || aside;
+        let ends = change.is_some();
         let durable = Durable::KeyRemoved {
             name: name.clone(),
             change,
@@ -1226,13 +1243,8 @@ impl House {
         self.commit(durable)
             .await
             .map_err(|error| format!("the removal could not be kept, so the key stays in force: {error}"))?;
+        let records = self.forget_aside(&name) || ends;
         lock(&self.updates).remove_key(&name);
-        for state in lock(&self.aside).values_mut() {
-            state.signed.remove(&name);
-            if last {
-                state.nodes.remove(&node);
-            }
-        }
         self.forget_zones();
         Ok(Answer::Removed {
             name: name.to_string(),

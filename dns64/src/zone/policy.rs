@@ -128,7 +128,10 @@ impl fmt::Display for Refused {
             Self::TooMany { kind, most } => write!(f, "a node may have {most} {kind} records"),
             Self::TooLong => write!(f, "a message holds at most {LONGEST_UPDATE} updates"),
             Self::Fingerprint => write!(f, "an SSHFP fingerprint is 20 (SHA-1) or 32 octets (SHA-256) long"),
-            Self::Text => write!(f, "a TXT record holds at most 255 printable ASCII characters"),
+            Self::Text => write!(
+                f,
+                "a TXT record holds at most 256 octets, one of them for the length of each string, all printable ASCII"
+            ),
             Self::Reverse(name) => write!(f, "the PTR at {name} follows the AAAA; change that"),
         }
     }

@@ -260,6 +260,10 @@ impl Actor {
         self.look("running", Some(process.pid()));
         tracing::info!(role = %self.role, pid = process.pid(), predecessor = old.pid(), "worker replaced");
         for (_, (question, reply)) in asked {
+            // Perhaps it was done, and only its answer is lost: whoever asked is told that nobody knows.
+            if question.is_once() {
+                continue;
+            }
             let _ = self.told(super::Message::Ask { question, reply }, process, life);
         }
         self.give(process, life);
