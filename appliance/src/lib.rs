@@ -5,6 +5,7 @@ pub mod build;
 pub mod channel;
 pub mod cli;
 pub mod client;
+mod code;
 pub mod config;
 pub mod control;
 pub mod doctor;

@@ -212,6 +212,10 @@ async fn run(options: Options, environment: &Environment) -> Result<(), String> 
         if !ready {
             ready = true;
             notify.ready();
+            // On a node, memory is what the workload pays for.
+            if let Err(error) = crate::code::give_back() {
+                tracing::debug!(%error, "the code of the start stays in memory");
+            }
         }
         let (pong, alive) = oneshot::channel();
         if notify.watchdog().is_some() && tell(&commands, Command::Ping(pong), alive).await.is_some() {
