@@ -102,7 +102,7 @@ impl Pref64 {
 
 /// Whether the whole internet agrees on what `address` means: not listed in RFC 5735 §3 (which takes in RFC 1918) and
 /// not shared address space (RFC 6598).
-fn is_global(address: Ipv4Addr) -> bool {
+pub(crate) fn is_global(address: Ipv4Addr) -> bool {
     const ELSEWHERE: [(Ipv4Addr, u32); 15] = [
         (Ipv4Addr::new(0, 0, 0, 0), 8),
         (Ipv4Addr::new(10, 0, 0, 0), 8),

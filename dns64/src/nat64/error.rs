@@ -32,6 +32,32 @@ pub enum DropReason {
     Destination,
     /// Neither map, prefix nor session knows an address.
     NotMapped,
+    /// From who is not to be translated (RFC 6146 §3.5).
+    NotClient,
+    /// From an IPv6 address under the prefix, so that it would come back (RFC 6146 §3.5).
+    Loop,
+    /// From IPv4, from an address of the pool itself.
+    Spoofed,
+    /// To or from an IPv4 address that is not to be reached from here.
+    Forbidden,
+    /// To a port that no host has (RFC 6146 §3.5).
+    NoBinding,
+    /// Of a connection that is not known, and does not begin one.
+    NoSession,
+    /// To a host that has not spoken to its sender (RFC 6146 §3.5.1.2, address-dependent filtering).
+    Filtered,
+    /// What would begin a connection from IPv4.
+    Unsolicited,
+    /// There is no port left (RFC 6146 §3.5.1.1).
+    Exhausted,
+    /// There is no room for another binding or session.
+    Full,
+    /// The host has as many bindings or sessions as it may (RFC 6888 REQ-4).
+    Quota,
+    /// The host begins more sessions per second than it may (RFC 6888 REQ-4).
+    Rate,
+    /// Neither TCP, UDP nor an echo, or a fragment whose first one is not known: nothing tells whose it is (RFC 6146 §3.4).
+    NoPorts,
     /// Under the well-known prefix, an address that is not global (RFC 6052 §3.1).
     NotGlobal,
     /// Its time to live or hop limit ended here.
@@ -67,6 +93,19 @@ impl DropReason {
             Self::Source => "source",
             Self::Destination => "destination",
             Self::NotMapped => "not_mapped",
+            Self::NotClient => "not_client",
+            Self::Loop => "loop",
+            Self::Spoofed => "spoofed",
+            Self::Forbidden => "forbidden",
+            Self::NoBinding => "no_binding",
+            Self::NoSession => "no_session",
+            Self::Filtered => "filtered",
+            Self::Unsolicited => "unsolicited",
+            Self::Exhausted => "exhausted",
+            Self::Full => "full",
+            Self::Quota => "quota",
+            Self::Rate => "rate",
+            Self::NoPorts => "no_ports",
             Self::NotGlobal => "not_global",
             Self::HopLimit => "hop_limit",
             Self::SourceRoute => "source_route",

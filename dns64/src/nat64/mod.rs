@@ -20,6 +20,7 @@ mod packet;
 #[cfg(test)]
 mod properties;
 mod quote;
+pub mod state;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
