@@ -17,7 +17,7 @@ mod tcp;
 mod tests;
 mod wheel;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 pub use mapper::Stateful;
@@ -75,6 +75,18 @@ pub enum Filtering {
     AddressDependent,
 }
 
+/// A binding that is there without a session, open to everybody: a host's service as the IPv4 world sees it
+/// (RFC 6146 §3.1, a statically configured entry).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fixed {
+    /// Of what.
+    pub protocol: Protocol,
+    /// As what it is seen: an address of the pool, and any port, also outside the pool's range.
+    pub v4: (Ipv4Addr, u16),
+    /// The host, and its port.
+    pub v6: (Ipv6Addr, u16),
+}
+
 /// What is allowed, and how much of it.
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -82,18 +94,20 @@ pub struct Policy {
     pub prefix: Pref64,
     /// As what hosts are seen.
     pub pool: Vec<PoolRange>,
+    /// Bindings that are always there. Of two for one port, or for one port of one host, the first counts.
+    pub fixed: Vec<Fixed>,
     /// Who may use it; all others are dropped.
     pub clients: Vec<Ipv6Net>,
     /// Whom a binding lets in.
     pub filtering: Filtering,
-    /// Whether TCP connections and pings may begin in IPv4, towards a binding that there is.
+    /// Whether TCP connections and pings may begin in IPv4, towards a binding that is not fixed.
     pub inbound_new: bool,
     /// Destinations that are refused besides all that is not global: the edge's own, mesh, VPN.
     pub denied: Vec<Ipv4Net>,
     /// Destinations that are allowed although they are not global. `denied` goes before.
     pub allow_private: Vec<Ipv4Net>,
     /// As whom errors are shown that come from an address which cannot be shown under the prefix.
-    pub reporter_v6: std::net::Ipv6Addr,
+    pub reporter_v6: Ipv6Addr,
     /// How many leading bits of an address make a host, for the limits below.
     pub host_bits: u8,
     /// Bindings of a host.

@@ -104,7 +104,7 @@ impl Space {
     }
 
     /// Whether a port is ours.
-    fn contains(&self, port: u16) -> bool {
+    pub(super) fn contains(&self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
 

@@ -9,7 +9,7 @@ use std::{
 use siphasher::sip::SipHasher13;
 
 use super::{
-    Filtering, Policy, Protocol,
+    Filtering, Fixed, Policy, Protocol,
     index::Index,
     ports::{Holding, NONE, Pool},
     records::{self, Binding, Records, Session},
@@ -33,6 +33,8 @@ pub struct Table {
     by_v6: Index,
     /// For each address, protocol and port from the first of the pool on: the binding's number and one.
     by_v4: Box<[[Box<[u32]>; Protocol::COUNT]]>,
+    /// Fixed bindings at ports outside the pool's ranges.
+    outside: Vec<((Protocol, Ipv4Addr, u16), u32)>,
     free_sessions: Numbers,
     by_ends: Index,
     wheel: Wheel,
@@ -95,12 +97,15 @@ pub(super) struct Asked {
 struct Owner {
     host: u32,
     sessions: u32,
+    /// Whether the binding stays without sessions, and lets everybody in.
+    fixed: bool,
 }
 
 impl Owner {
     const NOBODY: Self = Self {
         host: NONE,
         sessions: 0,
+        fixed: false,
     };
 }
 
@@ -124,6 +129,7 @@ impl Table {
         let mut table = Self {
             by_v4: (0..pool.addresses().len()).map(ports).collect(),
             pool,
+            outside: Vec::new(),
             remotes: (policy.filtering == Filtering::AddressDependent).then(|| Remotes::new(sessions)),
             policy,
             owners: Vec::with_capacity(bindings),
@@ -252,14 +258,14 @@ impl Table {
         if !hairpin && !self.policy.allows(remote.0) {
             return Err(DropReason::Forbidden.into());
         }
-        if !self.knows(number, remote.0) {
+        let Owner { host: owner, fixed, .. } = self.owners[number as usize];
+        if !fixed && !self.knows(number, remote.0) {
             // RFC 6146 §3.5.1.2, RFC 5508 REQ-3.
             return Err(Refusal::told(DropReason::Filtered, Problem::Prohibited));
         }
-        if !self.policy.inbound_new && asked.protocol != Protocol::Udp {
+        if !fixed && !self.policy.inbound_new && asked.protocol != Protocol::Udp {
             return Err(DropReason::Unsolicited.into());
         }
-        let owner = self.owners[number as usize].host;
         self.may_begin(now, owner)?;
         let state = asked.segment.map(|_| TcpState::V4Init);
         self.begin(now, number, remote, asked.protocol, state);
@@ -380,13 +386,13 @@ impl Table {
                 self.records.end_session(number);
             }
         }
+        // Only now: a session of what was not taken over must not find another binding under its number.
+        for fixed in self.policy.fixed.clone() {
+            self.fix(now, &fixed);
+        }
         for number in 0..bindings {
-            if self.records.binding(number).is_some()
-                && self
-                    .owners
-                    .get(number as usize)
-                    .is_some_and(|owner| owner.sessions == 0)
-            {
+            let unused = |owner: &Owner| owner.host != NONE && owner.sessions == 0 && !owner.fixed;
+            if self.owners.get(number as usize).is_some_and(unused) {
                 self.unbind(now, number);
             }
         }
@@ -394,8 +400,20 @@ impl Table {
 
     /// Takes a binding over; false if it is not possible any more.
     fn take_over(&mut self, now: u64, number: u32, binding: &Binding) -> bool {
-        let known = self.policy.clients.iter().any(|net| net.contains(&binding.v6.0))
-            && self.binding_of(binding.protocol, binding.v6).is_none();
+        let own = self
+            .policy
+            .fixed
+            .iter()
+            .find(|fixed| fixed.protocol == binding.protocol && (fixed.v4 == binding.v4 || fixed.v6 == binding.v6));
+        let known = match own {
+            // Another host's, or another port's: the fixed one goes before.
+            Some(fixed) => (fixed.v4, fixed.v6) == (binding.v4, binding.v6),
+            None => self.policy.clients.iter().any(|net| net.contains(&binding.v6.0)),
+        };
+        let known = known
+            && self.binding_of(binding.protocol, binding.v6).is_none()
+            && self.binding_at(binding.protocol, binding.v4).is_none();
+        let own = own.is_some();
         let Some(address) = self.pool.find(binding.v4.0).filter(|_| known) else {
             return false;
         };
@@ -404,19 +422,42 @@ impl Table {
         };
         let space = self.pool.space_mut(address, binding.protocol);
         let host = &mut self.hosts.all[owner as usize];
-        // What a host has comes from one address.
-        host.address = match host.bindings {
-            0 => address as u32,
-            _ => host.address,
+        // What a host has comes from one address, but for what is fixed.
+        if host.bindings == 0 {
+            host.address = address as u32;
+        }
+        let holding = &mut host.holdings[binding.protocol as usize];
+        let fits = match own {
+            true => space.claim(binding.v4.1, owner, holding) || !space.contains(binding.v4.1),
+            false => host.address == address as u32 && space.claim(binding.v4.1, owner, holding),
         };
-        if host.address != address as u32
-            || !space.claim(binding.v4.1, owner, &mut host.holdings[binding.protocol as usize])
-        {
+        if !fits {
             self.forget_host(owner);
             return false;
         }
-        self.known(number, binding, address, owner);
+        self.known(number, binding, address, owner, own);
         true
+    }
+
+    /// Makes a fixed binding, unless there is one for that port.
+    fn fix(&mut self, now: u64, fixed: &Fixed) {
+        let taken =
+            self.binding_of(fixed.protocol, fixed.v6).is_some() || self.binding_at(fixed.protocol, fixed.v4).is_some();
+        let binding = Binding {
+            protocol: fixed.protocol,
+            v6: fixed.v6,
+            v4: fixed.v4,
+            made: (now / 1000) as u32,
+        };
+        let Some(number) = (!taken).then(|| self.free_bindings.take()).flatten() else {
+            return;
+        };
+        if self.take_over(now, number, &binding) {
+            self.records.reach_binding(self.free_bindings.reached);
+            self.records.add_binding(number, &binding);
+        } else {
+            self.free_bindings.give(number);
+        }
     }
 
     /// A binding of a host that has none for that port yet (RFC 6146 §3.5.1.1).
@@ -458,12 +499,12 @@ impl Table {
         };
         self.records.reach_binding(self.free_bindings.reached);
         self.records.add_binding(number, &binding);
-        self.known(number, &binding, address, owner);
+        self.known(number, &binding, address, owner, false);
         self.counts.bindings_made += 1;
         Ok((number, binding))
     }
 
-    fn known(&mut self, number: u32, binding: &Binding, address: usize, owner: u32) {
+    fn known(&mut self, number: u32, binding: &Binding, address: usize, owner: u32, fixed: bool) {
         let place = number as usize;
         if self.owners.len() <= place {
             self.owners.resize(place + 1, Owner::NOBODY);
@@ -471,13 +512,25 @@ impl Table {
         self.owners[place] = Owner {
             host: owner,
             sessions: 0,
+            fixed,
         };
         self.by_v6
             .insert(self.random.of_host(binding.protocol, binding.v6), number);
-        let first = self.pool.space(address, binding.protocol).first();
-        self.by_v4[address][binding.protocol as usize][usize::from(binding.v4.1 - first)] = number + 1;
+        match self.place_of(address, binding) {
+            Some(place) => *place = number + 1,
+            None => self
+                .outside
+                .push(((binding.protocol, binding.v4.0, binding.v4.1), number)),
+        }
         self.hosts.all[owner as usize].bindings += 1;
         self.counts.bindings += 1;
+    }
+
+    /// Where the number of a binding stands, unless its port is outside the pool's range.
+    fn place_of(&mut self, address: usize, binding: &Binding) -> Option<&mut u32> {
+        let first = self.pool.space(address, binding.protocol).first();
+        let place = binding.v4.1.checked_sub(first)?;
+        self.by_v4[address][binding.protocol as usize].get_mut(usize::from(place))
     }
 
     fn unbind(&mut self, now: u64, number: u32) {
@@ -494,8 +547,9 @@ impl Table {
             let host = &mut self.hosts.all[owner as usize];
             host.bindings -= 1;
             space.give_back(now, binding.v4.1, &mut host.holdings[binding.protocol as usize]);
-            let first = space.first();
-            self.by_v4[address][binding.protocol as usize][usize::from(binding.v4.1 - first)] = 0;
+            if let Some(place) = self.place_of(address, &binding) {
+                *place = 0;
+            }
         }
         self.free_bindings.give(number);
         self.counts.bindings -= 1;
@@ -551,7 +605,7 @@ impl Table {
         self.counts.sessions -= 1;
         let owner = &mut self.owners[session.binding as usize];
         owner.sessions -= 1;
-        let last = owner.sessions == 0;
+        let last = owner.sessions == 0 && !owner.fixed;
         self.hosts.all[owner.host as usize].sessions -= 1;
         if last {
             self.unbind(now, session.binding);
@@ -610,10 +664,15 @@ impl Table {
 
     fn binding_at(&self, protocol: Protocol, ours: (Ipv4Addr, u16)) -> Option<(u32, Binding)> {
         let address = self.pool.find(ours.0)?;
-        let place = ours.1.checked_sub(self.pool.space(address, protocol).first())?;
-        let number = self.by_v4[address][protocol as usize]
-            .get(usize::from(place))?
-            .checked_sub(1)?;
+        let place = ours.1.checked_sub(self.pool.space(address, protocol).first());
+        let inside = place.and_then(|place| self.by_v4[address][protocol as usize].get(usize::from(place)));
+        let number = match inside {
+            Some(number) => number.checked_sub(1)?,
+            None => {
+                let wanted = (protocol, ours.0, ours.1);
+                self.outside.iter().find(|(ends, _)| *ends == wanted)?.1
+            }
+        };
         Some((number, self.records.binding(number)?))
     }
 

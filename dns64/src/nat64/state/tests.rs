@@ -10,7 +10,8 @@ use std::{
 };
 
 use super::{
-    Filtering, Lifetimes, Policy, PoolRange, Probe, Protocol, SessionView, Stateful, Table, TcpState, records::zeros,
+    Filtering, Fixed, Lifetimes, Policy, PoolRange, Probe, Protocol, SessionView, Stateful, Table, TcpState,
+    records::zeros,
 };
 use crate::{
     Pref64,
@@ -47,6 +48,7 @@ fn policy() -> Policy {
     Policy {
         prefix: "2001:db8:64::/96".parse().expect("a prefix"),
         pool: vec![range(POOL, 61_001, 65_535)],
+        fixed: Vec::new(),
         clients: vec!["2001:db8:1::/48".parse().expect("a net")],
         filtering: Filtering::EndpointIndependent,
         inbound_new: false,
@@ -1043,5 +1045,60 @@ fn any_traffic_keeps_the_books_in_order() {
             let (free, all) = table.free_ports(ip4(address), protocol).expect("ours");
             assert_eq!(free, all, "every port has come back");
         }
+    }
+}
+
+#[test]
+fn rfc6146_section_3_1_a_fixed_binding_is_open_to_all_and_stays() {
+    let web = |port: u16| Fixed {
+        protocol: Protocol::Tcp,
+        v4: (ip4(POOL), port),
+        v6: (ip6(NODE), 443),
+    };
+    // Inside the pool's range, and outside.
+    for port in [62_000, 443] {
+        let fixed = Policy {
+            fixed: vec![web(port)],
+            filtering: Filtering::AddressDependent,
+            ..policy()
+        };
+        let mut world = World::of(fixed.clone());
+        let ours = (ip4(POOL), port);
+        let client = ("198.51.100.99", 40_000);
+        assert_eq!(world.counts(), (1, 0));
+        assert_eq!(world.back(protocol::TCP, SYN, client, ours), Ok((ip6(NODE), 443)));
+        assert_eq!(world.out(protocol::TCP, SYN_ACK, (NODE, 443), client), Ok(ours));
+        assert_eq!(world.state(), Some(TcpState::Established));
+        assert!(
+            world.out(protocol::TCP, SYN, (NODE, 1), client).is_ok(),
+            "and the host has others"
+        );
+        let mut again = world.again(fixed.clone());
+        assert_eq!(again.counts(), (2, 2));
+        again.pass(300 * MINUTE);
+        assert_eq!(again.counts(), (1, 0), "it stays");
+        world.pass(300 * MINUTE);
+        assert_eq!(
+            world.again(policy()).counts(),
+            (0, 0),
+            "until it is not configured any more"
+        );
+        // Whoever had the port loses it, and nobody else gets it.
+        let world = World::new();
+        let held = world.connect(443);
+        let fixed = Policy {
+            fixed: vec![Fixed {
+                v6: (ip6("2001:db8:1::77"), 443),
+                v4: held,
+                protocol: Protocol::Tcp,
+            }],
+            ..policy()
+        };
+        let world = world.again(fixed);
+        assert_eq!(world.counts(), (1, 0));
+        assert_eq!(
+            world.back(protocol::TCP, SYN, client, held),
+            Ok((ip6("2001:db8:1::77"), 443))
+        );
     }
 }
