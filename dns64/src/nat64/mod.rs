@@ -1,7 +1,7 @@
 //! NAT64: one packet of one version in, the same of the other out (RFC 7915), by whatever maps the addresses.
 //!
 //! ```text
-//! packet -> ip (headers) -> flow -> map (stateless, or a table of sessions) -> transport (ports, checksums) -> packet
+//! packet -> fragments (their ports) -> ip (headers) -> flow -> map (stateless, or a table of sessions) -> transport (ports, checksums) -> packet
 //!                        \-> icmp, quote (an error, and the packet that it quotes) /
 //!                        \-> error (what cannot go on, and what its sender is told)
 //! ```
@@ -12,6 +12,7 @@ mod checksum;
 mod eam;
 mod error;
 mod flow;
+mod fragments;
 mod icmp;
 mod ident;
 mod ip;
@@ -33,6 +34,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub use eam::{Map, MapError, Maps};
 pub use error::{DropReason, Problem, Refusal};
 pub use flow::{Ends, Flow, Ports};
+pub use fragments::{Fate, FragmentLimits, Fragments};
 pub use ip::Fragment;
 pub use map::{Exit, Mapper, Quotation, Stateless};
 pub use packet::{HEADROOM, Offload, Packet, Pieces};

@@ -9,7 +9,7 @@ use super::{
     flow::{Ends, Flow},
     icmp::{self, IPV6_MINIMUM_MTU, LONGER},
     ident::Idents,
-    ip::{Fragment, Obstacle, V4, V6, has_source_route, protocol},
+    ip::{Fragment, Obstacle, V4, V6, checked_v4, checked_v6, has_source_route, protocol},
     map::Exit,
     packet::Split,
     transport::{self, Change},
@@ -71,8 +71,9 @@ impl Translator {
 
     /// Translates one packet from IPv6 (RFC 7915 §5).
     pub fn v6<'a>(&self, mapper: &mut impl Mapper, mut packet: Packet<'a>) -> Verdict<'a> {
-        let Some(ip) = whole_v6(&mut packet) else {
-            return Verdict::Drop(DropReason::Malformed);
+        let ip = match whole_v6(&mut packet) {
+            Ok(ip) => ip,
+            Err(reason) => return Verdict::Drop(reason),
         };
         match self.to_v4(mapper, &mut packet, &ip) {
             Ok(()) => Verdict::Forward(packet.whole()),
@@ -138,7 +139,7 @@ impl Translator {
         if unsummed && !transport::is_whole_udp(transport) {
             return Err(DropReason::Malformed.into());
         }
-        let flow = Flow::of(ip.source, ip.destination, ip.protocol, fragment, transport);
+        let flow = Flow::of(ip.source, ip.destination, ip.protocol, fragment, transport).with_ports(packet.ports);
         let length = transport.len();
         let shape = self.shape_v6(packet, ip)?;
         let ends = mapper.to_v6(&flow)?;
@@ -283,7 +284,7 @@ impl Translator {
         if first && !packet.offload.partial && transport::is_unsummed(ip.protocol, transport) {
             return Err(DropReason::UdpChecksum.into());
         }
-        let flow = Flow::of(ip.source, ip.destination, ip.protocol, ip.fragment, transport);
+        let flow = Flow::of(ip.source, ip.destination, ip.protocol, ip.fragment, transport).with_ports(packet.ports);
         let length = transport.len();
         let shape = self.shape_v4(packet, ip)?;
         let from = Sum::pseudo_v6(ip.source, ip.destination, length, ip.protocol);
@@ -395,26 +396,15 @@ fn lowered(wanted: NonZeroU16, headers: usize, limit: usize) -> Option<NonZeroU1
 
 /// The packet without what a link layer added, and its header, if that is right.
 fn whole_v4(packet: &mut Packet<'_>) -> Result<V4, DropReason> {
-    let ip = V4::parse(packet.bytes()).ok_or(DropReason::Malformed)?;
+    let ip = checked_v4(packet.bytes())?;
     packet.cut(ip.total.into()).ok_or(DropReason::Malformed)?;
-    let header = packet.bytes().get(..ip.header).ok_or(DropReason::Malformed)?;
-    // A fragment must not reach beyond the longest packet (RFC 791 §3.2).
-    if usize::from(ip.offset) + ip.payload() > usize::from(u16::MAX) {
-        return Err(DropReason::Malformed);
-    }
-    match Sum::of(header).folded() {
-        0xffff => Ok(ip),
-        _ => Err(DropReason::HeaderChecksum),
-    }
+    Ok(ip)
 }
 
-/// The same for IPv6, which has no checksum of its own.
-fn whole_v6(packet: &mut Packet<'_>) -> Option<V6> {
-    let fixed = packet.bytes().get(4..6)?.first_chunk()?;
-    packet.cut(40 + usize::from(u16::from_be_bytes(*fixed)))?;
-    let ip = V6::parse(packet.bytes())?;
-    let end = usize::from(ip.fragment.map_or(0, |fragment| fragment.offset)) + ip.transport();
-    (end <= usize::from(u16::MAX)).then_some(ip)
+fn whole_v6(packet: &mut Packet<'_>) -> Result<V6, DropReason> {
+    let ip = checked_v6(packet.bytes())?;
+    packet.cut(40 + usize::from(ip.payload)).ok_or(DropReason::Malformed)?;
+    Ok(ip)
 }
 
 /// What follows the headers is named alike in both versions, but for ICMP. What IPv6 would read as a header of its own must
