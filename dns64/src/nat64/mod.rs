@@ -70,6 +70,10 @@ pub struct Settings {
     pub copy_class: bool,
     /// Whether UDP over IPv4 without a checksum gets one (RFC 7915 §4.5); else it is refused. A fragment is, always.
     pub sum_udp: bool,
+    /// Whether the Maximum Segment Size that a TCP SYN names, either way, is lowered to what the MTUs of both sides carry,
+    /// `mtu_v4` - 40 or `mtu_v6` - 60 octets: no connection has to learn it from errors that somebody may drop
+    /// (RFC 2923 §2.1).
+    pub clamp_mss: bool,
     /// Whether senders are told of packets that do not go on.
     pub answer: bool,
 }

@@ -602,7 +602,7 @@ fn in_three(protocol: u8, id: u32) -> [Vec<u8>; 3] {
 fn in_three_v4(id: u16) -> [Vec<u8>; 3] {
     let body = udp(1300);
     [0..800, 800..1200, 1200..1308].map(|range| {
-        let flags = range.start as u16 / 8 | if range.end < 1308 { 0x2000 } else { 0 };
+        let flags = (range.start as u16 / 8) | if range.end < 1308 { 0x2000 } else { 0 };
         let packet = v4("192.0.2.33", "198.51.100.7", 17, &body[range]);
         with(with(packet, 4, &id.to_be_bytes()), 6, &flags.to_be_bytes())
     })
