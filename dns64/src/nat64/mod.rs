@@ -22,6 +22,8 @@ mod packet;
 mod properties;
 mod quote;
 #[cfg(test)]
+mod rfc6052;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

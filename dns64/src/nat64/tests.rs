@@ -583,7 +583,7 @@ fn rfc4443_section_2_4_no_error_about_errors_redirects_later_fragments_multicast
 }
 
 #[test]
-fn errors_are_not_sent_when_they_are_switched_off() {
+fn rfc1812_section_4_3_2_8_errors_are_not_sent_when_they_are_switched_off() {
     let off = |settings: &mut Settings| settings.answer = false;
     let sent = with(to_host(17, &udp(4)), 8, &[1]);
     assert_eq!(v4_in(&sent, off), Seen::Drop(DropReason::HopLimit));
@@ -615,7 +615,7 @@ fn rfc6791_section_3_a_router_without_an_address_in_ipv4_reports_from_the_pool()
 }
 
 #[test]
-fn a_router_without_an_address_in_ipv6_reports_from_the_one_it_is_given() {
+fn rfc6791_section_3_a_router_without_an_address_in_ipv6_reports_from_the_one_it_is_given() {
     let mut maps_only = Stateless {
         prefix: None,
         maps: Maps::new([
@@ -693,7 +693,7 @@ fn rfc7757_section_4_mapped_hosts_reach_each_other_under_the_prefix() {
 }
 
 #[test]
-fn addresses_that_nobody_knows_are_dropped_in_silence() {
+fn rfc7915_section_6_addresses_that_nobody_knows_are_dropped_in_silence() {
     for sent in [
         v6("2001:db9::1", SERVER_V6, 6, &tcp(0)),
         v6(HOST_V6, "2001:db9::1", 6, &tcp(0)),
@@ -881,6 +881,28 @@ fn rfc6946_section_4_a_fragment_that_is_all_of_its_packet_is_mapped_as_none() {
 }
 
 #[test]
+fn rfc7915_section_4_and_5_packets_of_a_flow_leave_in_the_order_in_which_they_came() {
+    let (mut random, translator) = (Random::new(41), translator(|_| {}));
+    let (mut there, mut back) = (Vec::new(), Vec::new());
+    for number in 0..5000_u16 {
+        // Long ones in several pieces, which nothing comes between.
+        let datagram = [&udp(2)[..], &vec![0; random.below(3000)]].concat();
+        let sent = with(with(to_host(17, &datagram), 4, &number.to_be_bytes()), 6, &[0, 0]);
+        let sent = with(with(sent, 26, &[1, 1]), 28, &number.to_be_bytes());
+        let Seen::Forward(pieces) = run(&sent, |packet| translator.v4(&mut mapper(), packet)) else {
+            panic!("not forwarded")
+        };
+        let whole = reassembled(&pieces, number.into());
+        there.push([whole[48], whole[49]]);
+        let sent = with(to_server(17, &udp(2)), 48, &number.to_be_bytes());
+        let got = run(&with(sent, 46, &[1, 1]), |packet| translator.v6(&mut mapper(), packet)).forwarded();
+        back.push([got[28], got[29]]);
+    }
+    let expected: Vec<_> = (0..5000).map(u16::to_be_bytes).collect();
+    assert!(there == expected && back == expected);
+}
+
+#[test]
 fn rfc7915_section_4_a_fragment_with_df_is_told_an_mtu_that_it_fits_with_its_fragment_header() {
     let sent = with(to_host(17, &[7; 1480]), 6, &[0x40, 185]);
     let got = v4_in(&with(sent, 6, &[0x60, 0]), |_| {});
@@ -929,7 +951,7 @@ fn packets_that_are_not_whole_are_dropped_and_what_follows_them_is_cut_off() {
 }
 
 #[test]
-fn an_unfinished_checksum_and_long_segments_stay_the_devices_work() {
+fn virtio_section_5_1_6_an_unfinished_checksum_and_long_segments_stay_the_devices_work() {
     let gso = |size| Offload {
         partial: true,
         segment: std::num::NonZeroU16::new(size),
