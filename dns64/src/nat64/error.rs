@@ -80,6 +80,19 @@ pub enum DropReason {
     UdpChecksum,
     /// More than the next hop takes, and not to be fragmented.
     TooBig,
+    /// A fragment other than the last that is not a multiple of 8 octets long, or one of nothing (RFC 791 §3.2,
+    /// RFC 8200 §4.5).
+    FragmentLength,
+    /// A fragment that reaches beyond the longest packet there is.
+    FragmentEnd,
+    /// A first fragment without all of the TCP or UDP header (RFC 1858 §3, RFC 7112 §5).
+    FragmentTiny,
+    /// One of the fragments of a packet of which two overlapped, or contradicted each other about its end (RFC 5722 §4).
+    FragmentOverlap,
+    /// A fragment that came before.
+    FragmentDuplicate,
+    /// No room to wait for the first fragment, or more fragments of one packet than anybody needs.
+    FragmentsFull,
     /// UDP datagrams as one packet that would have to be fragmented one by one: whoever asked cuts them apart first.
     NeedsSegmentation,
 }
@@ -117,6 +130,12 @@ impl DropReason {
             Self::IcmpQuotation => "icmp_quotation",
             Self::UdpChecksum => "udp_checksum",
             Self::TooBig => "too_big",
+            Self::FragmentLength => "fragment_length",
+            Self::FragmentEnd => "fragment_end",
+            Self::FragmentTiny => "fragment_tiny",
+            Self::FragmentOverlap => "fragment_overlap",
+            Self::FragmentDuplicate => "fragment_duplicate",
+            Self::FragmentsFull => "fragments_full",
             Self::NeedsSegmentation => "needs_segmentation",
         }
     }

@@ -14,7 +14,8 @@ pub struct Flow<A> {
     pub protocol: u8,
     /// The octet of TCP flags (RFC 9293 §3.1), 0 for other protocols and where it is not there.
     pub tcp_flags: u8,
-    /// Set in what is only a part of a packet. Without its first part nobody knows the ports.
+    /// Set in what is only a part of a packet. Only the first has ports; others have those that the packet was given with
+    /// [`Packet::with_ports`](super::Packet::with_ports).
     pub fragment: Option<Fragment>,
 }
 
@@ -32,7 +33,7 @@ pub struct Ends<A> {
 /// What tells the flows of two addresses apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ports {
-    /// Nothing: neither TCP, UDP nor an echo, or a fragment other than the first, or a quotation cut too short.
+    /// Nothing: neither TCP, UDP nor an echo, or a fragment whose first is not known, or a quotation cut too short.
     None,
     /// The ports of TCP or UDP.
     Pair {
@@ -53,6 +54,8 @@ pub enum Ports {
 impl<A> Flow<A> {
     /// Of a packet with this `transport` header and what follows; a type of ICMP is one of version 4 if `protocol` is.
     pub(super) fn of(source: A, destination: A, protocol: u8, fragment: Option<Fragment>, transport: &[u8]) -> Self {
+        // One that is all of its packet is none, in spite of its header (RFC 6946).
+        let fragment = fragment.filter(|fragment| !fragment.is_atomic());
         let first = fragment.is_none_or(|fragment| fragment.offset == 0);
         let tcp_flags = match transport.get(13) {
             Some(flags) if first && protocol == protocol::TCP => *flags,
@@ -70,10 +73,18 @@ impl<A> Flow<A> {
             fragment,
         }
     }
+
+    /// With the `ports` of its first fragment, if it is a later one.
+    pub(super) fn with_ports(mut self, ports: Ports) -> Self {
+        if self.fragment.is_some_and(|fragment| fragment.offset > 0) {
+            self.ends.ports = ports;
+        }
+        self
+    }
 }
 
 impl Ports {
-    fn of(protocol: u8, transport: &[u8]) -> Option<Self> {
+    pub(super) fn of(protocol: u8, transport: &[u8]) -> Option<Self> {
         match protocol {
             protocol::TCP | protocol::UDP => Some(Self::Pair {
                 source: word(transport, 0)?,

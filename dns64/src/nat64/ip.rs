@@ -5,7 +5,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use super::{checksum::Sum, packet::Headers};
+use super::{DropReason, checksum::Sum, packet::Headers};
 
 /// Protocol numbers that translation knows (IANA).
 pub(super) mod protocol {
@@ -113,6 +113,35 @@ impl V4 {
     }
 }
 
+/// The header of an IPv4 packet that is all there, whatever a link layer added behind it, and whose checksum is right.
+pub(super) fn checked_v4(bytes: &[u8]) -> Result<V4, DropReason> {
+    let ip = V4::parse(bytes).ok_or(DropReason::Malformed)?;
+    let header = bytes.get(..ip.header).ok_or(DropReason::Malformed)?;
+    if bytes.len() < usize::from(ip.total) {
+        return Err(DropReason::Malformed);
+    }
+    // No packet is longer than its length can say (RFC 791 §3.1).
+    if usize::from(ip.offset) + usize::from(ip.total) > usize::from(u16::MAX) {
+        return Err(DropReason::FragmentEnd);
+    }
+    match Sum::of(header).folded() {
+        0xffff => Ok(ip),
+        _ => Err(DropReason::HeaderChecksum),
+    }
+}
+
+/// The same for IPv6, which has no checksum of its own.
+pub(super) fn checked_v6(bytes: &[u8]) -> Result<V6, DropReason> {
+    let payload = word(bytes, 4).ok_or(DropReason::Malformed)?;
+    let whole = bytes.get(..40 + usize::from(payload)).ok_or(DropReason::Malformed)?;
+    let ip = V6::parse(whole).ok_or(DropReason::Malformed)?;
+    let offset = ip.fragment.map_or(0, |fragment| usize::from(fragment.offset));
+    match offset + ip.transport() > usize::from(u16::MAX) {
+        true => Err(DropReason::FragmentEnd),
+        false => Ok(ip),
+    }
+}
+
 /// Whether the options in the first `header` octets of `bytes` hold a source route that has not come to its end: a loose or
 /// a strict one whose pointer lies within it (RFC 791 §3.1).
 pub(super) fn has_source_route(bytes: &[u8], header: usize) -> bool {
@@ -194,9 +223,9 @@ impl V6 {
             obstacle: None,
         };
         for _ in 0..=MOST_EXTENSIONS {
-            let (HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) = ip.protocol else {
+            if !Self::is_extension(ip.protocol) {
                 return (usize::from(ip.payload) + 40 >= ip.header).then_some(ip);
-            };
+            }
             if ip.fragment.is_some() {
                 ip.obstacle.get_or_insert(Obstacle::AfterFragment);
                 // What it says of itself is of no use in a fragment other than the first.
@@ -228,6 +257,11 @@ impl V6 {
             }
         }
         None
+    }
+
+    /// Whether a header of this kind is an extension of IPv6's own, behind which there is another.
+    pub(super) const fn is_extension(next: u8) -> bool {
+        matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION)
     }
 
     /// Octets behind all headers, as stated.

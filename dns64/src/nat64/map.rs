@@ -13,8 +13,26 @@ use crate::Pref64;
 /// Addresses and ports of one side for those of the other. A table of sessions keeps state behind it, and the time, which it
 /// is told before each packet.
 ///
-/// The translator asks once per packet, after it has found nothing wrong with the packet itself.
+/// The translator asks once per packet, after it has found nothing wrong with the packet itself, so that no session is made
+/// or renewed by a packet that does not go on. If there is something wrong, it asks whether the packet is known here at all.
 pub trait Mapper {
+    /// Whether a packet from IPv4 is for an address and a port that stand for something in IPv6. Nothing changes by this.
+    ///
+    /// What is not known is dropped as [`DropReason::NotMapped`], whatever else is wrong with it, and nobody is told: on an
+    /// address that the host has, too, it is the host's to judge. An ICMP error that quotes nothing that can be read, and a
+    /// fragment whose first is not known, are asked about with [`Ports::None`](super::Ports::None).
+    fn knows_v4(&self, flow: &Flow<Ipv4Addr>) -> bool {
+        let _ = flow;
+        true
+    }
+
+    /// Whether a packet from IPv6 is between a host that may be seen in IPv4 and an address that stands for one there. No
+    /// session is needed for that.
+    fn knows_v6(&self, flow: &Flow<Ipv6Addr>) -> bool {
+        let _ = flow;
+        true
+    }
+
     /// What a packet from IPv6 looks like on the side that it leaves to.
     ///
     /// # Errors
@@ -53,6 +71,31 @@ pub trait Mapper {
         destination: Ipv4Addr,
         flow: &Flow<Ipv4Addr>,
     ) -> Result<Quotation<Ipv6Addr>, Refusal>;
+}
+
+/// A mapper that is asked about one packet, and whether it has been.
+pub(super) struct Asked<'a, M> {
+    mapper: &'a mut M,
+    been: bool,
+}
+
+impl<'a, M: Mapper> Asked<'a, M> {
+    pub(super) fn new(mapper: &'a mut M) -> Self {
+        Self { mapper, been: false }
+    }
+
+    pub(super) fn now(&mut self) -> &mut M {
+        self.been = true;
+        self.mapper
+    }
+
+    /// What becomes of a packet for which `refusal` was found: nothing but that if the mapper knows it, or has spoken already.
+    pub(super) fn judge(&self, refusal: Refusal, knows: impl FnOnce(&M) -> bool) -> Refusal {
+        match self.been || knows(self.mapper) {
+            true => refusal,
+            false => DropReason::NotMapped.into(),
+        }
+    }
 }
 
 /// On which side a packet from IPv6 leaves.
@@ -132,7 +175,22 @@ impl Stateless {
     }
 }
 
+/// What is known but must not be used is refused for that, and not as unknown.
+fn is_known<T>(found: Result<T, Refusal>) -> bool {
+    found.map_or_else(|refusal| refusal.reason != DropReason::NotMapped, |_| true)
+}
+
 impl Mapper for Stateless {
+    fn knows_v4(&self, flow: &Flow<Ipv4Addr>) -> bool {
+        let ends = [flow.ends.source, flow.ends.destination];
+        ends.into_iter().all(|address| is_known(self.v6(address)))
+    }
+
+    fn knows_v6(&self, flow: &Flow<Ipv6Addr>) -> bool {
+        let ends = [flow.ends.source, flow.ends.destination];
+        ends.into_iter().all(|address| is_known(self.v4(address)))
+    }
+
     fn to_v4(&mut self, flow: &Flow<Ipv6Addr>) -> Result<Exit<Ends<Ipv4Addr>, Ends<Ipv6Addr>>, Refusal> {
         let (source, _) = self.v4(flow.ends.source).map_err(Refusal::untold)?;
         let (destination, by) = self.v4(flow.ends.destination)?;

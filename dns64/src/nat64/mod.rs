@@ -1,7 +1,7 @@
 //! NAT64: one packet of one version in, the same of the other out (RFC 7915), by whatever maps the addresses.
 //!
 //! ```text
-//! packet -> ip (headers) -> flow -> map (stateless, or a table of sessions) -> transport (ports, checksums) -> packet
+//! packet -> fragments (their ports) -> ip (headers) -> flow -> map (stateless, or a table of sessions) -> transport (ports, checksums) -> packet
 //!                        \-> icmp, quote (an error, and the packet that it quotes) /
 //!                        \-> error (what cannot go on, and what its sender is told)
 //! ```
@@ -12,6 +12,7 @@ mod checksum;
 mod eam;
 mod error;
 mod flow;
+mod fragments;
 mod icmp;
 mod ident;
 mod ip;
@@ -21,6 +22,8 @@ mod packet;
 mod properties;
 mod quote;
 pub mod state;
+#[cfg(test)]
+mod rfc6052;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -34,6 +37,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub use eam::{Map, MapError, Maps};
 pub use error::{DropReason, Problem, Refusal};
 pub use flow::{Ends, Flow, Ports};
+pub use fragments::{Fate, FragmentLimits, Fragments};
 pub use ip::Fragment;
 pub use map::{Exit, Mapper, Quotation, Stateless};
 pub use packet::{HEADROOM, Offload, Packet, Pieces};
@@ -69,6 +73,10 @@ pub struct Settings {
     pub copy_class: bool,
     /// Whether UDP over IPv4 without a checksum gets one (RFC 7915 §4.5); else it is refused. A fragment is, always.
     pub sum_udp: bool,
+    /// Whether the Maximum Segment Size that a TCP SYN names, either way, is lowered to what the MTUs of both sides carry,
+    /// `mtu_v4` - 40 or `mtu_v6` - 60 octets: no connection has to learn it from errors that somebody may drop
+    /// (RFC 2923 §2.1).
+    pub clamp_mss: bool,
     /// Whether senders are told of packets that do not go on.
     pub answer: bool,
 }

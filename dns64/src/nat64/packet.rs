@@ -6,6 +6,8 @@
 
 use std::{num::NonZeroU16, ops::Range};
 
+use super::Ports;
+
 /// Octets that a buffer has free in front of a packet. An ICMPv4 error whose extension is kept grows most, by 128: a longer
 /// header, and 20 quoted octets that become 128 (RFC 4884 §5.1); up to 64 more are for the caller, see [`Pieces::next`].
 pub const HEADROOM: usize = 192;
@@ -26,6 +28,8 @@ pub struct Packet<'a> {
     start: usize,
     end: usize,
     pub(super) offload: Offload,
+    /// Those of the packet of which it is a later fragment.
+    pub(super) ports: Ports,
     /// Where its transport header begins, from `start`.
     pub(super) transport: usize,
 }
@@ -39,8 +43,16 @@ impl<'a> Packet<'a> {
             start: range.start,
             end: range.end,
             offload,
+            ports: Ports::None,
             transport: 0,
         })
+    }
+
+    /// With the ports of the first fragment, for a mapper that goes by them, if it is a later one: see
+    /// [`Fragments`](super::Fragments). They are of no account in other packets.
+    #[must_use]
+    pub fn with_ports(self, ports: Ports) -> Self {
+        Self { ports, ..self }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

@@ -9,7 +9,7 @@ use super::{testing::*, tests::translator, *};
 use crate::Pref64;
 
 #[test]
-fn from_ipv4_to_ipv6_and_back_under_any_prefix_payload_and_checksum_stay_right() {
+fn rfc7915_section_4_from_ipv4_to_ipv6_and_back_under_any_prefix_payload_and_checksum_stay_right() {
     let (mut random, translator) = (Random::new(10), translator(|_| {}));
     for _ in 0..20_000 {
         let mut mapper = prefix_only(&mut random);
@@ -30,7 +30,7 @@ fn from_ipv4_to_ipv6_and_back_under_any_prefix_payload_and_checksum_stay_right()
 }
 
 #[test]
-fn from_ipv6_to_ipv4_and_back_under_any_prefix_and_suffix_payload_and_checksum_stay_right() {
+fn rfc7915_section_5_from_ipv6_to_ipv4_and_back_under_any_prefix_and_suffix_payload_and_checksum_stay_right() {
     let (mut random, translator) = (Random::new(11), translator(|_| {}));
     for _ in 0..20_000 {
         let mut mapper = prefix_only(&mut random);
@@ -54,7 +54,7 @@ fn from_ipv6_to_ipv4_and_back_under_any_prefix_and_suffix_payload_and_checksum_s
 }
 
 #[test]
-fn a_wrong_checksum_comes_out_equally_wrong() {
+fn rfc7915_section_4_5_and_5_5_a_wrong_checksum_comes_out_equally_wrong() {
     let (mut random, translator) = (Random::new(12), translator(|_| {}));
     for round in 0..20_000 {
         let mut mapper = prefix_only(&mut random);
@@ -82,7 +82,7 @@ fn a_wrong_checksum_comes_out_equally_wrong() {
 }
 
 #[test]
-fn errors_about_any_packet_have_right_checksums_or_equally_wrong_ones() {
+fn rfc7915_section_4_2_and_5_2_errors_about_any_packet_have_right_checksums_or_equally_wrong_ones() {
     let (mut random, translator) = (Random::new(13), translator(|_| {}));
     for round in 0..20_000 {
         let mut mapper = prefix_only(&mut random);

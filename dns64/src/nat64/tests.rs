@@ -1,5 +1,7 @@
 //! Promises of RFC 7915 and its kin, on whole packets.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use super::{testing::*, *};
 
 const PREFIX: &str = "2001:db8:100::/40";
@@ -581,7 +583,7 @@ fn rfc4443_section_2_4_no_error_about_errors_redirects_later_fragments_multicast
 }
 
 #[test]
-fn errors_are_not_sent_when_they_are_switched_off() {
+fn rfc1812_section_4_3_2_8_errors_are_not_sent_when_they_are_switched_off() {
     let off = |settings: &mut Settings| settings.answer = false;
     let sent = with(to_host(17, &udp(4)), 8, &[1]);
     assert_eq!(v4_in(&sent, off), Seen::Drop(DropReason::HopLimit));
@@ -606,14 +608,14 @@ fn rfc6791_section_3_a_router_without_an_address_in_ipv4_reports_from_the_pool()
         assert_eq!(report(&router, &mut pool).forwarded()[12..16], got[12..16]);
         seen.insert(<[u8; 4]>::try_from(&got[12..16]).expect("an address"));
     }
-    let expected = pool.reporters_v4.iter().map(std::net::Ipv4Addr::octets);
+    let expected = pool.reporters_v4.iter().map(Ipv4Addr::octets);
     assert_eq!(seen, expected.collect());
     pool.reporters_v4.clear();
     assert_eq!(report("2001:db8:ffff::1", &mut pool), Seen::Drop(DropReason::NotMapped));
 }
 
 #[test]
-fn a_router_without_an_address_in_ipv6_reports_from_the_one_it_is_given() {
+fn rfc6791_section_3_a_router_without_an_address_in_ipv6_reports_from_the_one_it_is_given() {
     let mut maps_only = Stateless {
         prefix: None,
         maps: Maps::new([
@@ -691,13 +693,239 @@ fn rfc7757_section_4_mapped_hosts_reach_each_other_under_the_prefix() {
 }
 
 #[test]
-fn addresses_that_nobody_knows_are_dropped_in_silence() {
+fn rfc7915_section_6_addresses_that_nobody_knows_are_dropped_in_silence() {
     for sent in [
         v6("2001:db9::1", SERVER_V6, 6, &tcp(0)),
         v6(HOST_V6, "2001:db9::1", 6, &tcp(0)),
     ] {
         assert_eq!(v6_in(&sent, |_| {}), Seen::Drop(DropReason::NotMapped));
     }
+}
+
+/// A table of sessions on an address that it shares with a host: port 4000 is a session's, and all else the host's.
+#[derive(Default)]
+struct Shared {
+    asked: u32,
+}
+
+impl Mapper for Shared {
+    fn knows_v4(&self, flow: &Flow<Ipv4Addr>) -> bool {
+        matches!(flow.ends.ports, Ports::Pair { destination: 4000, .. })
+    }
+
+    fn knows_v6(&self, flow: &Flow<Ipv6Addr>) -> bool {
+        flow.ends.source == ip6(HOST_V6)
+    }
+
+    fn to_v4(&mut self, flow: &Flow<Ipv6Addr>) -> MappedV4 {
+        self.asked += 1;
+        mapper().to_v4(flow)
+    }
+
+    fn to_v6(&mut self, flow: &Flow<Ipv4Addr>) -> Result<Ends<Ipv6Addr>, Refusal> {
+        self.asked += 1;
+        match self.knows_v4(flow) {
+            true => mapper().to_v6(flow),
+            false => Err(DropReason::NotMapped.into()),
+        }
+    }
+
+    fn error_to_v4(
+        &mut self,
+        source: Ipv6Addr,
+        destination: Ipv6Addr,
+        flow: &Flow<Ipv6Addr>,
+    ) -> Result<Exit<Quotation<Ipv4Addr>, Quotation<Ipv6Addr>>, Refusal> {
+        mapper().error_to_v4(source, destination, flow)
+    }
+
+    fn error_to_v6(
+        &mut self,
+        source: Ipv4Addr,
+        destination: Ipv4Addr,
+        flow: &Flow<Ipv4Addr>,
+    ) -> Result<Quotation<Ipv6Addr>, Refusal> {
+        match flow.ends.ports {
+            Ports::Pair { source: 4000, .. } => mapper().error_to_v6(source, destination, flow),
+            _ => Err(DropReason::NotMapped.into()),
+        }
+    }
+}
+
+type MappedV4 = Result<Exit<Ends<Ipv4Addr>, Ends<Ipv6Addr>>, Refusal>;
+
+#[test]
+fn what_is_wrong_with_a_packet_for_nobody_here_is_not_our_business() {
+    let mut shared = Shared::default();
+    let mut run_v4 = |packet: &[u8], ports| {
+        run(packet, |packet| {
+            translator(|_| {}).v4(&mut shared, packet.with_ports(ports))
+        })
+    };
+    // To a port of the host's: what is wrong with it is for the host to see.
+    let others = |protocol, body: Vec<u8>| to_host(protocol, &[&[9, 9, 9, 9][..], &body[4..]].concat());
+    let source_route = {
+        let mut packet = others(17, udp(4));
+        packet.splice(20..20, [131, 7, 4, 192, 0, 2, 1, 0]);
+        packet[0] = 0x47;
+        let total = packet.len() as u16;
+        with(packet, 2, &total.to_be_bytes())
+    };
+    let about_others = v4(HOST_V4, SERVER_V4, 17, &[&[9, 9, 9, 9][..], &udp(9)[4..]].concat());
+    for sent in [
+        with(others(17, udp(4)), 8, &[1]),
+        others(6, tcp(3000)),
+        source_route,
+        // The first fragment of a datagram without a checksum, and a later one.
+        with(others(17, udp(4)), 6, &[0x20, 0]),
+        with(with(to_host(17, &udp(4)), 6, &[0, 9]), 8, &[1]),
+        to_host(1, &icmp(13, 0, [0; 4], &[0; 12])),
+        with(to_host(1, &icmp(8, 0, [0; 4], &[0; 12])), 6, &[0x20, 0]),
+        to_host(44, &[0; 20]),
+        to_host(1, &icmp(3, 3, [0; 4], &[0; 12])),
+        with(to_host(1, &icmp(11, 0, [0; 4], &about_others)), 8, &[1]),
+    ] {
+        assert_eq!(
+            run_v4(&sent, Ports::None),
+            Seen::Drop(DropReason::NotMapped),
+            "{sent:?}"
+        );
+    }
+    // To one of ours it is ours, and told.
+    let ours = Ports::Pair {
+        source: 2000,
+        destination: 4000,
+    };
+    let sent = with(to_host(17, &udp(4)), 8, &[1]);
+    assert_v4_error(&run_v4(&sent, Ports::None).replied(), (11, 0, [0; 4]), &sent);
+    let sent = with(with(to_host(17, &udp(4)), 6, &[0, 9]), 8, &[1]);
+    assert_eq!(run_v4(&sent, ours), Seen::Drop(DropReason::HopLimit));
+    let about_ours = v4(HOST_V4, SERVER_V4, 17, &[&[0x0f, 0xa0][..], &udp(9)[2..]].concat());
+    let sent = to_host(1, &icmp(11, 0, [0; 4], &about_ours));
+    run_v4(&sent, Ports::None).forwarded();
+    assert_eq!(
+        run_v4(&with(sent, 8, &[1]), Ports::None),
+        Seen::Drop(DropReason::HopLimit)
+    );
+    let mut run_v6 = |packet: &[u8]| run(packet, |packet| translator(|_| {}).v6(&mut shared, packet));
+    let sent = with(to_server(6, &tcp(4)), 7, &[1]);
+    assert_v6_error(&run_v6(&sent).replied(), (3, 0, [0; 4]), &sent);
+    let sent = with(v6("2001:db8:3::8", SERVER_V6, 6, &tcp(4)), 7, &[1]);
+    assert_eq!(run_v6(&sent), Seen::Drop(DropReason::NotMapped));
+    assert_eq!(
+        shared.asked, 0,
+        "no packet that does not go on makes or renews a session"
+    );
+}
+
+#[test]
+fn rfc6146_section_3_4_a_later_fragment_is_mapped_by_the_ports_that_it_is_given() {
+    let ours = Ports::Pair {
+        source: 2000,
+        destination: 4000,
+    };
+    let mut shared = Shared::default();
+    let sent = with(to_host(17, &udp(4)), 6, &[0, 9]);
+    let mut seen = |packet: &[u8], ports| {
+        run(packet, |packet| {
+            translator(|_| {}).v4(&mut shared, packet.with_ports(ports))
+        })
+    };
+    assert_eq!(seen(&sent, Ports::None), Seen::Drop(DropReason::NotMapped));
+    assert_eq!(
+        seen(&sent, ours).forwarded()[48..],
+        sent[20..],
+        "nothing is written into it"
+    );
+    // The ports in a packet are those in it.
+    let other = summed(to_host(17, &[&[9, 9, 9, 9][..], &udp(9)[4..]].concat()));
+    assert_eq!(seen(&other, ours), Seen::Drop(DropReason::NotMapped));
+}
+
+#[test]
+fn rfc6946_section_4_a_fragment_that_is_all_of_its_packet_is_mapped_as_none() {
+    struct Whole;
+    impl Mapper for Whole {
+        fn to_v4(&mut self, flow: &Flow<Ipv6Addr>) -> MappedV4 {
+            assert_eq!(flow.fragment, None);
+            assert_ne!(flow.ends.ports, Ports::None);
+            mapper().to_v4(flow)
+        }
+
+        fn to_v6(&mut self, flow: &Flow<Ipv4Addr>) -> Result<Ends<Ipv6Addr>, Refusal> {
+            mapper().to_v6(flow)
+        }
+
+        fn error_to_v4(
+            &mut self,
+            source: Ipv6Addr,
+            destination: Ipv6Addr,
+            flow: &Flow<Ipv6Addr>,
+        ) -> Result<Exit<Quotation<Ipv4Addr>, Quotation<Ipv6Addr>>, Refusal> {
+            mapper().error_to_v4(source, destination, flow)
+        }
+
+        fn error_to_v6(
+            &mut self,
+            source: Ipv4Addr,
+            destination: Ipv4Addr,
+            flow: &Flow<Ipv4Addr>,
+        ) -> Result<Quotation<Ipv6Addr>, Refusal> {
+            mapper().error_to_v6(source, destination, flow)
+        }
+    }
+    for (protocol, body) in [(17, udp(4)), (58, icmp(128, 0, [0; 4], &[]))] {
+        let sent = summed(to_server(44, &fragment(protocol, 7, 0, false, &body)));
+        run(&sent, |packet| translator(|_| {}).v6(&mut Whole, packet)).forwarded();
+    }
+}
+
+#[test]
+fn rfc7915_section_4_and_5_packets_of_a_flow_leave_in_the_order_in_which_they_came() {
+    let (mut random, translator) = (Random::new(41), translator(|_| {}));
+    let (mut there, mut back) = (Vec::new(), Vec::new());
+    for number in 0..5000_u16 {
+        // Long ones in several pieces, which nothing comes between.
+        let datagram = [&udp(2)[..], &vec![0; random.below(3000)]].concat();
+        let sent = with(with(to_host(17, &datagram), 4, &number.to_be_bytes()), 6, &[0, 0]);
+        let sent = with(with(sent, 26, &[1, 1]), 28, &number.to_be_bytes());
+        let Seen::Forward(pieces) = run(&sent, |packet| translator.v4(&mut mapper(), packet)) else {
+            panic!("not forwarded")
+        };
+        let whole = reassembled(&pieces, number.into());
+        there.push([whole[48], whole[49]]);
+        let sent = with(to_server(17, &udp(2)), 48, &number.to_be_bytes());
+        let got = run(&with(sent, 46, &[1, 1]), |packet| translator.v6(&mut mapper(), packet)).forwarded();
+        back.push([got[28], got[29]]);
+    }
+    let expected: Vec<_> = (0..5000).map(u16::to_be_bytes).collect();
+    assert!(there == expected && back == expected);
+}
+
+#[test]
+fn rfc7915_section_4_a_fragment_with_df_is_told_an_mtu_that_it_fits_with_its_fragment_header() {
+    let sent = with(to_host(17, &[7; 1480]), 6, &[0x40, 185]);
+    let got = v4_in(&with(sent, 6, &[0x60, 0]), |_| {});
+    let Seen::Reply(DropReason::TooBig, got) = got else {
+        panic!("{got:?}")
+    };
+    assert_eq!(got[26..28], 1472_u16.to_be_bytes());
+    let sent = with(to_host(17, &[7; 1452]), 6, &[0x60, 0]);
+    assert_eq!(v4_in(&sent, |_| {}).forwarded().len(), 1500);
+}
+
+#[test]
+fn rfc791_section_3_2_no_fragment_reaches_beyond_the_longest_packet_of_either_version() {
+    let sent = with(to_host(17, &[7; 8]), 6, &8189_u16.to_be_bytes());
+    assert_eq!(v4_in(&sent, |_| {}), Seen::Drop(DropReason::FragmentEnd));
+    let sent = with(to_host(17, &[7; 3]), 6, &8189_u16.to_be_bytes());
+    assert_eq!(v4_in(&sent, |_| {}).forwarded().len(), 51);
+    for (offset, length) in [(65_528, 8), (65_512, 4)] {
+        let sent = to_server(44, &fragment(17, 1, offset, false, &[7; 8][..length]));
+        assert_eq!(v6_in(&sent, |_| {}), Seen::Drop(DropReason::FragmentEnd));
+    }
+    let sent = to_server(44, &fragment(17, 1, 65_512, false, &[7; 3]));
+    assert_eq!(v6_in(&sent, |_| {}).forwarded().len(), 23);
 }
 
 #[test]
@@ -723,7 +951,7 @@ fn packets_that_are_not_whole_are_dropped_and_what_follows_them_is_cut_off() {
 }
 
 #[test]
-fn an_unfinished_checksum_and_long_segments_stay_the_devices_work() {
+fn virtio_section_5_1_6_an_unfinished_checksum_and_long_segments_stay_the_devices_work() {
     let gso = |size| Offload {
         partial: true,
         segment: std::num::NonZeroU16::new(size),
@@ -764,6 +992,48 @@ fn an_unfinished_checksum_and_long_segments_stay_the_devices_work() {
 }
 
 #[test]
+fn rfc2923_section_2_1_syn_names_a_segment_size_that_both_sides_carry_if_asked_to() {
+    let mut segment = tcp(0);
+    (segment[12], segment[13]) = (0x60, 0x02);
+    segment.extend([2, 4, 0x23, 0x28]);
+    for (mtu_v4, mtu_v6, on, expected) in [
+        (1500, 1500, false, 9000),
+        (1500, 1500, true, 1440),
+        (1400, 1500, true, 1360),
+        (1500, 1280, true, 1220),
+        (1480, 1500, true, 1440),
+        (65_535, 65_535, true, 9000),
+    ] {
+        let set = |settings: &mut Settings| {
+            (settings.mtu_v4, settings.mtu_v6, settings.clamp_mss) = (mtu_v4, mtu_v6, on);
+        };
+        let got = v4_in(&summed(to_host(6, &segment)), set).forwarded();
+        assert_eq!(got[62..64], u16::to_be_bytes(expected));
+        assert_eq!(transport_sum(&got), 0xffff);
+        let got = v6_in(&summed(to_server(6, &segment)), set).forwarded();
+        assert_eq!(got[42..44], u16::to_be_bytes(expected));
+        assert_eq!(transport_sum(&got), 0xffff);
+        // Wrong it stays, and as wrong.
+        let wrong = with(to_server(6, &segment), 56, &[0x12, 0x34]);
+        let got = v6_in(&wrong, set).forwarded();
+        assert_eq!(transport_sum(&got), transport_sum(&wrong));
+        // What a device is to finish is finished right.
+        let partial = Offload {
+            partial: true,
+            segment: None,
+        };
+        let mut pseudo = to_server(6, &segment);
+        pseudo[40..].fill(0);
+        let sent = with(to_server(6, &segment), 56, &transport_sum(&pseudo).to_be_bytes());
+        let (got, left) = run_offloaded(&sent, partial, |packet| translator(set).v6(&mut mapper(), packet));
+        let mut got = got.forwarded();
+        let sum = !reference_sum(&got[20..]);
+        got[36..38].copy_from_slice(&sum.to_be_bytes());
+        assert_eq!((transport_sum(&got), left), (0xffff, partial));
+    }
+}
+
+#[test]
 fn what_is_fragmented_here_has_its_checksum_finished_before() {
     let sent = with(to_host(17, &udp(3000)), 6, &[0, 0]);
     let mut zeroed = sent.clone();
@@ -796,6 +1066,7 @@ pub(super) fn translator(change: impl FnOnce(&mut Settings)) -> Translator {
         lowest_ipv6_mtu: 1280,
         copy_class: true,
         sum_udp: true,
+        clamp_mss: false,
         answer: true,
     };
     change(&mut settings);

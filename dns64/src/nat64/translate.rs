@@ -1,6 +1,9 @@
 //! Whole packets, both ways (RFC 7915 §4, §5); ICMP errors are next door.
 
-use std::{net::Ipv6Addr, num::NonZeroU16};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    num::NonZeroU16,
+};
 
 use super::{
     DropReason, Mapper, Packet, Problem, Refusal, Settings, Verdict,
@@ -9,8 +12,8 @@ use super::{
     flow::{Ends, Flow},
     icmp::{self, IPV6_MINIMUM_MTU, LONGER},
     ident::Idents,
-    ip::{Fragment, Obstacle, V4, V6, has_source_route, protocol},
-    map::Exit,
+    ip::{Fragment, Obstacle, V4, V6, checked_v4, checked_v6, has_source_route, protocol},
+    map::{Asked, Exit},
     packet::Split,
     transport::{self, Change},
 };
@@ -60,25 +63,34 @@ impl Translator {
             Ok(ip) => ip,
             Err(reason) => return Verdict::Drop(reason),
         };
-        match self.to_v6(mapper, &mut packet, &ip) {
+        let mut mapper = Asked::new(mapper);
+        match self.to_v6(&mut mapper, &mut packet, &ip) {
             Ok(None) => Verdict::Forward(packet.whole()),
             Ok(Some(split)) => Verdict::Forward(packet.pieces(split)),
-            Err(refusal) => self.refused(refusal, packet, |packet, problem| {
-                answer_v4(packet, &ip, problem, self.settings.address_v4)
-            }),
+            Err(refusal) => {
+                let refusal = mapper.judge(refusal, |mapper| mapper.knows_v4(&flow_v4(&packet, &ip)));
+                self.refused(refusal, packet, |packet, problem| {
+                    answer_v4(packet, &ip, problem, self.settings.address_v4)
+                })
+            }
         }
     }
 
     /// Translates one packet from IPv6 (RFC 7915 §5).
     pub fn v6<'a>(&self, mapper: &mut impl Mapper, mut packet: Packet<'a>) -> Verdict<'a> {
-        let Some(ip) = whole_v6(&mut packet) else {
-            return Verdict::Drop(DropReason::Malformed);
+        let ip = match whole_v6(&mut packet) {
+            Ok(ip) => ip,
+            Err(reason) => return Verdict::Drop(reason),
         };
-        match self.to_v4(mapper, &mut packet, &ip) {
+        let mut mapper = Asked::new(mapper);
+        match self.to_v4(&mut mapper, &mut packet, &ip) {
             Ok(()) => Verdict::Forward(packet.whole()),
-            Err(refusal) => self.refused(refusal, packet, |packet, problem| {
-                answer_v6(packet, &ip, problem, self.settings.address_v6)
-            }),
+            Err(refusal) => {
+                let refusal = mapper.judge(refusal, |mapper| mapper.knows_v6(&flow_v6(&packet, &ip)));
+                self.refused(refusal, packet, |packet, problem| {
+                    answer_v6(packet, &ip, problem, self.settings.address_v6)
+                })
+            }
         }
     }
 
@@ -96,7 +108,12 @@ impl Translator {
         }
     }
 
-    fn to_v6(&self, mapper: &mut impl Mapper, packet: &mut Packet<'_>, ip: &V4) -> Result<Option<Split>, Refusal> {
+    fn to_v6(
+        &self,
+        mapper: &mut Asked<'_, impl Mapper>,
+        packet: &mut Packet<'_>,
+        ip: &V4,
+    ) -> Result<Option<Split>, Refusal> {
         let bytes = packet.bytes();
         let transport = bytes.get(ip.header..).unwrap_or_default();
         let fragment = ip.fragment();
@@ -111,18 +128,13 @@ impl Translator {
             return Err(DropReason::Destination.into());
         }
         let next = protocol_v6(ip.protocol).ok_or(DropReason::Protocol)?;
-        if ip.ttl <= 1 {
-            return Err(Refusal::told(DropReason::HopLimit, Problem::HopLimit));
-        }
-        if has_source_route(bytes, ip.header) {
-            return Err(Refusal::told(DropReason::SourceRoute, Problem::SourceRoute));
-        }
         if is_icmp && fragment.is_some() {
             return Err(DropReason::IcmpFragment.into());
         }
         if is_error {
             return self.error_to_v6(mapper, packet, ip).map(|()| None);
         }
+        may_pass_v4(bytes, ip)?;
         let mut kind = None;
         if first {
             transport::check(ip.protocol, transport)?;
@@ -138,10 +150,10 @@ impl Translator {
         if unsummed && !transport::is_whole_udp(transport) {
             return Err(DropReason::Malformed.into());
         }
-        let flow = Flow::of(ip.source, ip.destination, ip.protocol, fragment, transport);
+        let flow = flow_v4(packet, ip);
         let length = transport.len();
         let shape = self.shape_v6(packet, ip)?;
-        let ends = mapper.to_v6(&flow)?;
+        let ends = mapper.now().to_v6(&flow)?;
 
         let from = match is_icmp {
             true => Sum::default(),
@@ -158,6 +170,7 @@ impl Translator {
                 ports: ends.ports,
             };
             transport::rewrite(transport, next, &change, partial);
+            self.clamp_mss(transport, next, partial);
             if unsummed {
                 transport::sum_udp(transport, |length| {
                     Sum::pseudo_v6(ends.source, ends.destination, length, next)
@@ -222,7 +235,10 @@ impl Translator {
             true => mtu,
             false => mtu.min(self.settings.lowest_ipv6_mtu),
         });
-        let too_big = Refusal::told(DropReason::TooBig, Problem::TooBig(mtu.saturating_sub(LONGER)));
+        let headers = if ip.fragment().is_some() { FRAGMENT_HEADERS } else { 40 };
+        // A fragment grows by a Fragment header, too: who is not told so sends what is too big again.
+        let longer = LONGER + u16::from(ip.fragment().is_some()) * 8;
+        let too_big = Refusal::told(DropReason::TooBig, Problem::TooBig(mtu.saturating_sub(longer)));
         if let Some(segment) = packet.offload.segment {
             let headers = 40 + transport::header(ip.protocol, transport).ok_or(DropReason::Malformed)?;
             return match lowered(segment, headers, limit) {
@@ -232,7 +248,6 @@ impl Translator {
                 _ => Err(DropReason::NeedsSegmentation.into()),
             };
         }
-        let headers = if ip.fragment().is_some() { FRAGMENT_HEADERS } else { 40 };
         if headers + transport.len() <= limit {
             Ok(Shape::Whole(None))
         } else if ip.dont_fragment {
@@ -242,7 +257,7 @@ impl Translator {
         }
     }
 
-    fn to_v4(&self, mapper: &mut impl Mapper, packet: &mut Packet<'_>, ip: &V6) -> Result<(), Refusal> {
+    fn to_v4(&self, mapper: &mut Asked<'_, impl Mapper>, packet: &mut Packet<'_>, ip: &V6) -> Result<(), Refusal> {
         let transport = packet.bytes().get(ip.header..).unwrap_or_default();
         let first = ip.fragment.is_none_or(|fragment| fragment.offset == 0);
         let is_icmp = ip.protocol == protocol::ICMPV6;
@@ -283,11 +298,11 @@ impl Translator {
         if first && !packet.offload.partial && transport::is_unsummed(ip.protocol, transport) {
             return Err(DropReason::UdpChecksum.into());
         }
-        let flow = Flow::of(ip.source, ip.destination, ip.protocol, ip.fragment, transport);
+        let flow = flow_v6(packet, ip);
         let length = transport.len();
         let shape = self.shape_v4(packet, ip)?;
         let from = Sum::pseudo_v6(ip.source, ip.destination, length, ip.protocol);
-        let ends = match mapper.to_v4(&flow)? {
+        let ends = match mapper.now().to_v4(&flow)? {
             Exit::V4(ends) => ends,
             Exit::V6(ends) => {
                 turn_back(packet, ip, &ends, first.then_some(from));
@@ -309,6 +324,7 @@ impl Translator {
                 ports: ends.ports,
             };
             transport::rewrite(transport, next, &change, partial);
+            self.clamp_mss(transport, next, partial);
         }
         let header = V4 {
             class: self.class(ip.class),
@@ -344,6 +360,10 @@ impl Translator {
         if u16::try_from(total).is_err() {
             return Err(too_big);
         }
+        // The packet that it is of would be longer than IPv4 can say.
+        if total + ip.fragment.map_or(0, |fragment| usize::from(fragment.offset)) > usize::from(u16::MAX) {
+            return Err(DropReason::FragmentEnd.into());
+        }
         let (mut segment, mut size, mut packets) = (packet.offload.segment, total, 1);
         if let Some(wanted) = segment {
             let header = transport::header(ip.protocol, transport).ok_or(DropReason::Malformed)?;
@@ -364,6 +384,20 @@ impl Translator {
             packets: packets.max(1),
             dont_fragment: ip.fragment.is_none() && size > LONGEST_FRAGMENTABLE,
         })
+    }
+
+    /// What turns back to IPv6 has no need of this: its packets are no longer than before.
+    fn clamp_mss(&self, transport: &mut [u8], protocol: u8, partial: bool) {
+        let Settings {
+            mtu_v4,
+            mtu_v6,
+            clamp_mss,
+            ..
+        } = self.settings;
+        if clamp_mss && protocol == protocol::TCP {
+            let most = mtu_v4.saturating_sub(40).min(mtu_v6.saturating_sub(60));
+            transport::clamp_mss(transport, most, partial);
+        }
     }
 
     pub(super) fn class(&self, class: u8) -> u8 {
@@ -393,28 +427,39 @@ fn lowered(wanted: NonZeroU16, headers: usize, limit: usize) -> Option<NonZeroU1
     NonZeroU16::new(wanted.get().min(room))
 }
 
-/// The packet without what a link layer added, and its header, if that is right.
-fn whole_v4(packet: &mut Packet<'_>) -> Result<V4, DropReason> {
-    let ip = V4::parse(packet.bytes()).ok_or(DropReason::Malformed)?;
-    packet.cut(ip.total.into()).ok_or(DropReason::Malformed)?;
-    let header = packet.bytes().get(..ip.header).ok_or(DropReason::Malformed)?;
-    // A fragment must not reach beyond the longest packet (RFC 791 §3.2).
-    if usize::from(ip.offset) + ip.payload() > usize::from(u16::MAX) {
-        return Err(DropReason::Malformed);
+/// Whether nothing in its header keeps a packet from going on (RFC 7915 §4.1).
+pub(super) fn may_pass_v4(bytes: &[u8], ip: &V4) -> Result<(), Refusal> {
+    if ip.ttl <= 1 {
+        return Err(Refusal::told(DropReason::HopLimit, Problem::HopLimit));
     }
-    match Sum::of(header).folded() {
-        0xffff => Ok(ip),
-        _ => Err(DropReason::HeaderChecksum),
+    if has_source_route(bytes, ip.header) {
+        return Err(Refusal::told(DropReason::SourceRoute, Problem::SourceRoute));
     }
+    Ok(())
 }
 
-/// The same for IPv6, which has no checksum of its own.
-fn whole_v6(packet: &mut Packet<'_>) -> Option<V6> {
-    let fixed = packet.bytes().get(4..6)?.first_chunk()?;
-    packet.cut(40 + usize::from(u16::from_be_bytes(*fixed)))?;
-    let ip = V6::parse(packet.bytes())?;
-    let end = usize::from(ip.fragment.map_or(0, |fragment| fragment.offset)) + ip.transport();
-    (end <= usize::from(u16::MAX)).then_some(ip)
+/// What a mapper is asked about.
+fn flow_v4(packet: &Packet<'_>, ip: &V4) -> Flow<Ipv4Addr> {
+    let transport = packet.bytes().get(ip.header..).unwrap_or_default();
+    Flow::of(ip.source, ip.destination, ip.protocol, ip.fragment(), transport).with_ports(packet.ports)
+}
+
+fn flow_v6(packet: &Packet<'_>, ip: &V6) -> Flow<Ipv6Addr> {
+    let transport = packet.bytes().get(ip.header..).unwrap_or_default();
+    Flow::of(ip.source, ip.destination, ip.protocol, ip.fragment, transport).with_ports(packet.ports)
+}
+
+/// The packet without what a link layer added, and its header, if that is right.
+fn whole_v4(packet: &mut Packet<'_>) -> Result<V4, DropReason> {
+    let ip = checked_v4(packet.bytes())?;
+    packet.cut(ip.total.into()).ok_or(DropReason::Malformed)?;
+    Ok(ip)
+}
+
+fn whole_v6(packet: &mut Packet<'_>) -> Result<V6, DropReason> {
+    let ip = checked_v6(packet.bytes())?;
+    packet.cut(40 + usize::from(ip.payload)).ok_or(DropReason::Malformed)?;
+    Ok(ip)
 }
 
 /// What follows the headers is named alike in both versions, but for ICMP. What IPv6 would read as a header of its own must

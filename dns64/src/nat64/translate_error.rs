@@ -9,10 +9,10 @@ use super::{
     flow::Flow,
     icmp::{self, Error, Rest},
     ip::{V4, V6, protocol, set_word},
-    map::{Exit, Quotation},
+    map::{Asked, Exit, Quotation},
     packet::Headers,
     quote::{Body, ICMP_HEADER, Kept},
-    translate::{LONGEST_FRAGMENTABLE, protocol_v4, protocol_v6, readdress},
+    translate::{LONGEST_FRAGMENTABLE, may_pass_v4, protocol_v4, protocol_v6, readdress},
     transport::{self, Change},
 };
 
@@ -24,7 +24,7 @@ impl Translator {
     /// An ICMPv4 error, no fragment, as ICMPv6.
     pub(super) fn error_to_v6(
         &self,
-        mapper: &mut impl Mapper,
+        mapper: &mut Asked<'_, impl Mapper>,
         packet: &mut Packet<'_>,
         ip: &V4,
     ) -> Result<(), Refusal> {
@@ -39,9 +39,10 @@ impl Translator {
         let tail = body.get(inner.header..quoted).unwrap_or_default();
         let echo = quoted_kind(inner.protocol, inner.offset == 0, tail, icmp::echo_to_v6)?;
         let flow = Flow::of(inner.source, inner.destination, inner.protocol, fragment, tail);
-        let answer = mapper
-            .error_to_v6(ip.source, ip.destination, &flow)
-            .map_err(Refusal::untold)?;
+        // Asked before anything else: only what is quoted tells for whom it is, and no session depends on it.
+        let answer = mapper.now().error_to_v6(ip.source, ip.destination, &flow);
+        let answer = answer.map_err(Refusal::untold)?;
+        may_pass_v4(packet.bytes(), ip)?;
 
         let header = V6 {
             class: self.class(inner.class),
@@ -110,7 +111,7 @@ impl Translator {
     /// An ICMPv6 error, no fragment or all of one, as ICMPv4.
     pub(super) fn error_to_v4(
         &self,
-        mapper: &mut impl Mapper,
+        mapper: &mut Asked<'_, impl Mapper>,
         packet: &mut Packet<'_>,
         ip: &V6,
     ) -> Result<(), Refusal> {
@@ -133,7 +134,7 @@ impl Translator {
         let flow = Flow::of(inner.source, inner.destination, inner.protocol, inner.fragment, tail);
         let from = Sum::pseudo_v6(inner.source, inner.destination, inner.transport(), inner.protocol);
         let message_from = Sum::pseudo_v6(ip.source, ip.destination, message.len(), ip.protocol);
-        let exit = mapper.error_to_v4(ip.source, ip.destination, &flow);
+        let exit = mapper.now().error_to_v4(ip.source, ip.destination, &flow);
         let answer = match exit.map_err(Refusal::untold)? {
             Exit::V4(answer) => answer,
             Exit::V6(answer) => {

@@ -58,6 +58,48 @@ pub(super) fn rewrite(transport: &mut [u8], protocol: u8, change: &Change, parti
     set_word(transport, at, field);
 }
 
+/// Lowers the Maximum Segment Size that a SYN names to `most` octets, and keeps its checksum as right or wrong as it was; a
+/// `partial` one covers none of this yet. Options that cannot be read stay as they are (RFC 9293 §3.2).
+pub(super) fn clamp_mss(segment: &mut [u8], most: u16, partial: bool) {
+    const SYN: u8 = 0x02;
+    if segment.get(13).is_none_or(|flags| flags & SYN == 0) {
+        return;
+    }
+    let Some(header) = header(protocol::TCP, segment) else {
+        return;
+    };
+    let Some(at) = segment.get(..header).and_then(find_mss) else {
+        return;
+    };
+    match word(segment, at) {
+        Some(named) if named > most => {}
+        _ => return,
+    }
+    // It may lie across two words of the sum: those of the whole header count.
+    let head = |segment: &[u8]| Sum::of(segment.get(..header).unwrap_or_default());
+    let before = head(segment);
+    set_word(segment, at, most);
+    let after = head(segment);
+    if !partial && let Some(field) = word(segment, 16) {
+        set_word(segment, 16, checksum::updated(field, before, after));
+    }
+}
+
+/// Where the number of the option Maximum Segment Size begins; `None` if there is none, or the options before it are not
+/// what they say.
+fn find_mss(header: &[u8]) -> Option<usize> {
+    let mut at = 20;
+    loop {
+        match *header.get(at..)? {
+            [1, ..] => at += 1,
+            [2, 4, _, _, ..] => return Some(at + 2),
+            [0 | 2, ..] => return None,
+            [_, length, ..] if length >= 2 => at += usize::from(length),
+            _ => return None,
+        }
+    }
+}
+
 fn is_all_zero_but(transport: &[u8], checksum: usize) -> bool {
     let counts = |place: usize| !(checksum..checksum + 2).contains(&place);
     transport
@@ -166,6 +208,85 @@ mod tests {
             assert_ne!(datagram[6..8], [0, 0]);
         }
         assert!(met > 0);
+    }
+
+    /// SYN, with options in front of a payload, and any numbers and checksum.
+    fn syn(options: &[u8], payload: usize, random: &mut Random) -> Vec<u8> {
+        let mut segment = tcp(0);
+        segment[13] = 0x02 | random.octet() & 0x10;
+        segment.extend(options);
+        segment.resize(segment.len().next_multiple_of(4), 0);
+        segment[12] = (segment.len() as u8 / 4) << 4;
+        segment[4..12].copy_from_slice(&random.bytes(8));
+        segment[16..18].copy_from_slice(&random.bytes(2));
+        segment.extend(random.bytes(payload));
+        segment
+    }
+
+    #[test]
+    fn rfc2923_section_2_1_a_segment_size_is_lowered_wherever_it_stands_and_never_raised() {
+        let mut random = Random::new(6);
+        for (options, at) in [
+            (&[2, 4, 0x05, 0xb4][..], 22),
+            (&[1, 2, 4, 0x05, 0xb4, 1, 1, 0], 23),
+            (&[3, 3, 7, 2, 4, 0x05, 0xb4, 0], 25),
+            (&[4, 2, 8, 10, 1, 2, 3, 4, 5, 6, 7, 8, 2, 4, 0x05, 0xb4], 34),
+        ] {
+            for (most, expected) in [(1440, 1440), (1459, 1459), (1460, 1460), (9000, 1460), (28, 28)] {
+                let sent = syn(options, 3, &mut random);
+                let mut got = sent.clone();
+                clamp_mss(&mut got, most, false);
+                assert_eq!(word(&got, at), Some(expected));
+                // As right or wrong as before, and nothing else is different.
+                assert_eq!(reference_sum(&got) % 0xffff, reference_sum(&sent) % 0xffff);
+                let mut rest = got.clone();
+                rest[at..at + 2].copy_from_slice(&sent[at..at + 2]);
+                rest[16..18].copy_from_slice(&sent[16..18]);
+                assert_eq!(rest, sent);
+                // The device sums up what it finds.
+                let mut unfinished = sent.clone();
+                clamp_mss(&mut unfinished, most, true);
+                assert_eq!(unfinished[16..18], sent[16..18]);
+                assert_eq!(unfinished[at..], got[at..]);
+            }
+        }
+    }
+
+    #[test]
+    fn options_that_cannot_be_read_and_segments_without_syn_stay_as_they_are() {
+        let mut random = Random::new(7);
+        for options in [
+            &[][..],
+            &[0, 2, 4, 0xff, 0xff],
+            &[2, 3, 0xff, 0xff],
+            &[2, 5, 0xff, 0xff, 0xff],
+            &[8, 0, 2, 4, 0xff, 0xff],
+            &[8, 1, 2, 4, 0xff, 0xff],
+            &[8, 200, 2, 4, 0xff, 0xff],
+            &[1, 2, 4, 0xff],
+            &[1, 1, 1, 2],
+            &[1, 1, 1, 8],
+        ] {
+            let sent = syn(options, 0, &mut random);
+            let mut got = sent.clone();
+            clamp_mss(&mut got, 500, false);
+            assert_eq!(got, sent, "{options:?}");
+        }
+        let mut established = syn(&[2, 4, 0xff, 0xff], 9, &mut random);
+        established[13] = 0x10;
+        let sent = established.clone();
+        clamp_mss(&mut established, 500, false);
+        assert_eq!(established, sent);
+        for _ in 0..100_000 {
+            let length = random.below(64);
+            let mut bytes = random.bytes(length);
+            let sent = bytes.clone();
+            clamp_mss(&mut bytes, 500, false);
+            assert_eq!(bytes.len(), length);
+            // The header ends where its length says, which may be within the payload, but never further.
+            let header = sent.get(12).map_or(0, |octet| usize::from(octet >> 4) * 4).min(length);
+            assert_eq!(bytes[header..], sent[header..]);
+        }
     }
 
     #[test]
