@@ -56,9 +56,33 @@ pub enum DropReason {
     TooBig,
     /// UDP datagrams as one packet that would have to be fragmented one by one: whoever asked cuts them apart first.
     NeedsSegmentation,
+    /// Segments to be cut in a way that is not known here.
+    UnknownOffload,
 }
 
 impl DropReason {
+    /// All of them, each at its own number.
+    pub const ALL: [Self; 18] = [
+        Self::Malformed,
+        Self::HeaderChecksum,
+        Self::Source,
+        Self::Destination,
+        Self::NotMapped,
+        Self::NotGlobal,
+        Self::HopLimit,
+        Self::SourceRoute,
+        Self::RoutingHeader,
+        Self::ExtensionHeader,
+        Self::Protocol,
+        Self::IcmpType,
+        Self::IcmpFragment,
+        Self::IcmpQuotation,
+        Self::UdpChecksum,
+        Self::TooBig,
+        Self::NeedsSegmentation,
+        Self::UnknownOffload,
+    ];
+
     /// As in a metric.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -79,6 +103,7 @@ impl DropReason {
             Self::UdpChecksum => "udp_checksum",
             Self::TooBig => "too_big",
             Self::NeedsSegmentation => "needs_segmentation",
+            Self::UnknownOffload => "unknown_offload",
         }
     }
 }

@@ -15,6 +15,10 @@ use crate::Pref64;
 ///
 /// The translator asks once per packet, after it has found nothing wrong with the packet itself.
 pub trait Mapper {
+    /// It is `now`, in milliseconds of a clock that never goes back. Told before packets are translated, often enough for
+    /// lifetimes of seconds; what has no state need not know.
+    fn tick(&mut self, _now: u64) {}
+
     /// What a packet from IPv6 looks like on the side that it leaves to.
     ///
     /// # Errors

@@ -9,17 +9,20 @@
 //! clock nor device is known. What the device finishes, checksums and segments, is carried along: see [`Offload`].
 
 mod checksum;
+pub mod config;
 mod eam;
 mod error;
 mod flow;
 mod icmp;
 mod ident;
 mod ip;
+mod limit;
 mod map;
 mod packet;
 #[cfg(test)]
 mod properties;
 mod quote;
+pub mod status;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -27,13 +30,16 @@ mod tests;
 mod translate;
 mod translate_error;
 mod transport;
+pub mod vnet;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+pub use config::Config;
 pub use eam::{Map, MapError, Maps};
 pub use error::{DropReason, Problem, Refusal};
 pub use flow::{Ends, Flow, Ports};
 pub use ip::Fragment;
+pub use limit::Limit;
 pub use map::{Exit, Mapper, Quotation, Stateless};
 pub use packet::{HEADROOM, Offload, Packet, Pieces};
 pub use translate::Translator;
