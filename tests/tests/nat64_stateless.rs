@@ -61,6 +61,7 @@ impl Stage {
             .ip("addr del 10.0.0.2/24 dev eth0\nroute add default via fd00::10")?;
         web.netns()
             .ip("addr del fd00::11/64 dev eth0\nroute add 192.0.2.0/24 via 10.0.0.10")?;
+        router.netns().ip("route add 192.0.2.0/24 via 10.0.0.10")?;
         for router in [&node, &router] {
             router.enter(|| -> Result<()> {
                 for (key, value) in [
@@ -99,11 +100,11 @@ impl Stage {
 
     /// Fetches the file; its digest.
     fn fetch(&self) -> Result<String> {
-        let mut curl = self.client.command("sh");
+        let mut curl = self.client.command("bash");
         curl.args([
             "-c",
             &format!(
-                "set -o pipefail 2>/dev/null; curl -sS -g --max-time 120 'http://[{}]/bulk' | md5sum",
+                "set -o pipefail; curl -sS -g --max-time 120 'http://[{}]/bulk' | md5sum",
                 Self::target()
             ),
         ]);
@@ -182,8 +183,11 @@ fn both_sides_ping_each_other_and_every_hop_tells_its_name() -> Result<()> {
             "{hops} hops"
         );
     }
-    // Nobody's address.
-    assert_eq!(ping(&stage.web, [192, 0, 2, 18].into(), 64, 56)?, None);
+    // Nobody's address does not come to the translator, and the kernel says so.
+    assert_eq!(
+        ping(&stage.web, [192, 0, 2, 18].into(), 64, 56)?,
+        answer(3, [10, 0, 0, 10].into())
+    );
     assert!(stage.count("dropped", "hop_limit")? >= 2);
     Ok(())
 }
@@ -197,13 +201,20 @@ fn a_path_with_a_small_mtu_is_found_in_either_direction() -> Result<()> {
         .edge
         .node()
         .netns()
-        .ip("-6 route add fd00::2/128 dev eth0 mtu 1300")?;
+        .ip("route add fd00::2/128 dev eth0 mtu 1300")?;
     assert_eq!(stage.fetch()?, digest);
     let said = say(
         stage.web.command("ip").args(["route", "get", &CLIENT.to_string()]),
         PATIENCE,
     )?;
     ensure!(said.out.contains("mtu 1280"), "the server has not learnt it: {said}");
+    // Forgotten again: the server would ask for short segments.
+    stage
+        .edge
+        .node()
+        .netns()
+        .ip("route del fd00::2/128 dev eth0 mtu 1300")?;
+    stage.web.netns().ip("route flush cache")?;
     // Towards the server: a router in between, which the client is told of.
     stage.edge.node().netns().ip("route add 10.0.0.11/32 via 10.0.0.13")?;
     stage.router.netns().ip("route add 10.0.0.11/32 dev eth0 mtu 1300")?;
@@ -258,7 +269,7 @@ fn a_worker_that_is_killed_costs_a_moment_and_no_connection() -> Result<()> {
     let said = stage.edge.apply(&other)?;
     ensure!(said.code == Some(0), "{said}");
     assert!(ping(&stage.web, [192, 0, 2, 99].into(), 64, 56)?.is_some_and(|echo| echo.kind == 0));
-    assert_eq!(ping(&stage.web, CLIENT.into(), 64, 56)?, None);
+    assert!(ping(&stage.web, CLIENT.into(), 64, 56)?.is_some_and(|echo| echo.kind == 3));
     let routes = || -> Result<String> {
         let mut ip = stage.edge.node().command("ip");
         Ok(say(ip.args(["route", "show", "dev", "nat64"]), PATIENCE)?.out)
