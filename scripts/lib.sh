@@ -11,14 +11,14 @@ packages=(
   iproute2 netbase nftables procps strace tcpdump util-linux  # the lab: namespaces, faults (by protocol name), captures
   mmdebstrap openssh-client systemd-container               # nodes: Debian under systemd-nspawn, reached over SSH
   etcd-client etcd-server                                   # the demo's Kubernetes-like world
-  haproxy libnginx-mod-stream nginx                         # peers, measured and compared beside us: balancers,
+  curl haproxy libnginx-mod-stream nginx                    # peers, measured and compared beside us: balancers,
   bind9 bind9-dnsutils unbound                              # resolvers, and dig, delv and nsupdate before ours
   shellcheck systemd                                        # the checks of the scripts and of the unit
 )
 
 # The commands of those packages that the scripts and the tests call.
 tools=(
-  cc g++ ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd haproxy nginx named unbound
+  cc g++ ip nft ps strace tcpdump findmnt mmdebstrap ssh systemd-nspawn etcdctl etcd curl haproxy nginx named unbound
   dig delv nsupdate shellcheck systemd-analyze
 )
 

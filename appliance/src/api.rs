@@ -138,6 +138,9 @@ pub struct Status {
     /// The resolver; `None` if there is none, or while its worker does not answer.
     #[serde(default)]
     pub dns: Option<dns64::status::Status>,
+    /// The translator; `None` if there is none, or while its worker does not answer.
+    #[serde(default)]
+    pub nat64: Option<dns64::nat64::status::Status>,
     /// The upgrade that is under way, or the last one since the daemon started.
     #[serde(default)]
     pub upgrade: Option<Upgrade>,

@@ -8,6 +8,7 @@
 mod config;
 pub(crate) mod dns;
 mod lb;
+mod nat64;
 pub(crate) mod out;
 pub(crate) mod status;
 mod upgrade;
@@ -43,7 +44,7 @@ Environment:
   EDGECTL_SOCKET  the control socket, unless --socket names one
   NO_COLOR        no colours, even on a terminal";
 
-/// Looks after edged, the edge appliance: status, configuration, load balancer, DNS, diagnosis
+/// Looks after edged, the edge appliance: status, configuration, load balancer, DNS, NAT64, diagnosis
 #[derive(Debug, Parser)]
 #[command(name = "edgectl", version, after_long_help = AFTER, after_help = "Exit codes: 0 done, 1 could not, 2 bad input. More, with examples: edgectl --help", max_term_width = 100)]
 struct Edgectl {
@@ -88,6 +89,9 @@ enum Command {
     /// The resolver: what it answers and why, zones, keys of nodes, its cache
     #[command(subcommand)]
     Dns(Dns),
+    /// NAT64: the device, what went through it, what did not and why
+    #[command(subcommand)]
+    Nat64(Nat64),
     /// The configuration: check, compare, apply, go back
     #[command(subcommand)]
     Config(Config),
@@ -266,6 +270,18 @@ enum DnsCache {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum Nat64 {
+    /// Device, offloads, packets each way, drops
+    #[command(
+        after_help = "A super-packet counts as one. Counters begin at zero when the worker starts.\n\nExamples:\n  edgectl nat64 status\n  edgectl nat64 status -o json | jq .nat64.offloads"
+    )]
+    Status,
+    /// Packets that did not go on, by reason
+    #[command(after_help = "Examples:\n  edgectl nat64 drops\n  edgectl nat64 drops -o json | jq .dropped.not_mapped")]
+    Drops,
+}
+
 /// As in BIND's key files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Signing {
@@ -430,6 +446,7 @@ async fn run(command: Command, client: &Client, out: Out) -> Result<u8, Fail> {
             Dns::Cache(DnsCache::Flush { name, below }) => dns::flush(client, out, name, below).await,
             Dns::Status => dns::status(client, out).await,
         },
+        Command::Nat64(command) => nat64::status(client, out, matches!(command, Nat64::Drops)).await,
         Command::Config(command) => match command {
             Config::Check { file } => config::check(out, &file),
             Config::Schema => {

@@ -56,6 +56,9 @@ pub struct Config {
     /// DNS for nodes without IPv4. Default: none.
     #[serde(default)]
     pub dns64: Option<dns64::Config>,
+    /// Packets between IPv6 and IPv4. Default: none.
+    #[serde(default)]
+    pub nat64: Option<dns64::nat64::Config>,
 }
 
 /// How `edged` is operated and watched.

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use dns64::status::{Cache, Group, Server, Status as Dns, Tcp, Udp, ZoneStatus};
+use dns64::{
+    nat64::status::{Side, Status as Nat64},
+    status::{Cache, Group, Server, Status as Dns, Tcp, Udp, ZoneStatus},
+};
 use lb::status::{Ejections, FrontendStatus, Histogram, State};
 
 use crate::{api::Status, cli::dns::domain};
@@ -61,6 +64,9 @@ pub fn render(status: &Status) -> String {
     }
     if let Some(dns) = &status.dns {
         page.resolver(dns);
+    }
+    if let Some(nat64) = &status.nat64 {
+        page.translator(nat64);
     }
     page.0
 }
@@ -371,6 +377,83 @@ impl Page {
         self.per_zone(&dns.zones);
         self.family("edge_dns_keys", "gauge", "Keys of nodes.");
         self.sample("edge_dns_keys", &[], dns.keys);
+    }
+
+    fn translator(&mut self, nat64: &Nat64) {
+        self.family(
+            "edge_nat64_offload",
+            "gauge",
+            "1 if the TUN device leaves this to whoever sends the packet on, else 0.",
+        );
+        for (name, is) in nat64.offloads.by_name() {
+            self.sample("edge_nat64_offload", &[("offload", name)], u64::from(is));
+        }
+        let gauges = [
+            ("edge_nat64_queues", "Queues of the TUN device.", nat64.queues),
+            ("edge_nat64_maps", "Explicit maps.", nat64.maps),
+        ];
+        for (name, help, value) in gauges {
+            self.family(name, "gauge", help);
+            self.sample(name, &[], value);
+        }
+        let counters: [Counter<Side>; 6] = [
+            (
+                "edge_nat64_received_packets_total",
+                "Packets that came; a super-packet counts as one.",
+                |s| s.received,
+            ),
+            ("edge_nat64_received_bytes_total", "Bytes of packets that came.", |s| {
+                s.received_octets
+            }),
+            (
+                "edge_nat64_sent_packets_total",
+                "Packets that were sent, ICMP errors included.",
+                |s| s.sent,
+            ),
+            ("edge_nat64_sent_bytes_total", "Bytes of packets that were sent.", |s| {
+                s.sent_octets
+            }),
+            (
+                "edge_nat64_errors_total",
+                "ICMP errors that the translator sent itself.",
+                |s| s.errors,
+            ),
+            (
+                "edge_nat64_errors_limited_total",
+                "ICMP errors that were not sent, for there were too many.",
+                |s| s.errors_limited,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            for (family, side) in [("ipv4", &nat64.ipv4), ("ipv6", &nat64.ipv6)] {
+                self.sample(name, &[("family", family)], value(side));
+            }
+        }
+        let counters = [
+            (
+                "edge_nat64_super_packets_total",
+                "Packets that came and stood for several segments.",
+                nat64.super_packets,
+            ),
+            (
+                "edge_nat64_unsent_total",
+                "Packets that the TUN device did not take.",
+                nat64.unsent,
+            ),
+        ];
+        for (name, help, value) in counters {
+            self.family(name, "counter", help);
+            self.sample(name, &[], value);
+        }
+        self.family(
+            "edge_nat64_dropped_total",
+            "counter",
+            "Packets that did not go on, by reason.",
+        );
+        for (reason, count) in &nat64.dropped {
+            self.sample("edge_nat64_dropped_total", &[("reason", reason)], count);
+        }
     }
 
     fn messages(&mut self, udp: &Udp, tcp: &Tcp) {

@@ -8,7 +8,7 @@
 //! | the filesystem, TCP listeners, signals to others, abstract sockets | Landlock, as far as the kernel has it |
 //! | system calls that the role does not need | seccomp, see [`filter`] |
 //!
-//! The user ids are 64810 (`lb`), 64811 (`web`) and 64812 (`dns64`), their group ids the same. They need no entry in
+//! The user ids are 64810 (`lb`), 64811 (`web`), 64812 (`dns64`) and 64813 (`nat64`), their group ids the same. They need no entry in
 //! /etc/passwd and must not be given to anyone else.
 //!
 //! [`enter`] then reads back what the kernel says and refuses to go on if it is not so.
@@ -80,6 +80,8 @@ pub enum Error {
 const fn memory(role: Role) -> u64 {
     match role {
         Role::Lb | Role::Dns64 => 2 << 30,
+        // A table of a million sessions, and room to replace it.
+        Role::Nat64 => 1 << 30,
         Role::Web => 256 << 20,
     }
 }
@@ -90,6 +92,7 @@ pub const fn id(role: Role) -> u32 {
         Role::Lb => 64810,
         Role::Web => 64811,
         Role::Dns64 => 64812,
+        Role::Nat64 => 64813,
     }
 }
 
@@ -206,7 +209,7 @@ fn restrict_paths(role: Role) -> Result<Landlock, Error> {
         .handle_access(AccessNet::BindTcp)?;
     let ruleset = match role {
         Role::Lb | Role::Dns64 => ruleset,
-        Role::Web => ruleset.handle_access(AccessNet::ConnectTcp)?,
+        Role::Nat64 | Role::Web => ruleset.handle_access(AccessNet::ConnectTcp)?,
     };
     let status = ruleset.scope(Scope::from_all(ABI::V7))?.create()?.restrict_self()?;
     Ok(match status.ruleset {

@@ -13,8 +13,10 @@ mod boot;
 mod change;
 mod keeper;
 mod memory;
+mod netlink;
 mod opening;
 mod socket;
+mod tun;
 mod upgrade;
 mod vault;
 
@@ -28,6 +30,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dns64::nat64::status as nat64;
 use tokio::{
     net::UnixListener,
     sync::{mpsc, oneshot},
@@ -347,23 +350,30 @@ impl House {
             let keeper = keepers.get(&role)?;
             tokio::time::timeout(STATUS, keeper.ask(question)).await.ok()?
         };
-        let (lb, dns) = tokio::join!(
+        let (lb, dns, nat64) = tokio::join!(
             ask(Role::Lb, Question::Lb(lb::status::Request::Status)),
             ask(Role::Dns64, Question::Dns64(dns64::status::Request::Status)),
+            ask(Role::Nat64, Question::Nat64(nat64::Request::Status)),
         );
         let lb = lb.and_then(|reply| match reply {
             Reply::Lb(answer) => match *answer {
                 lb::status::Answer::Status(status) => Some(status),
                 _ => None,
             },
-            Reply::Dns64(_) => None,
+            _ => None,
         });
         let dns = dns.and_then(|reply| match reply {
             Reply::Dns64(answer) => match *answer {
                 dns64::status::Answer::Status(status) => Some(*status),
                 _ => None,
             },
-            Reply::Lb(_) => None,
+            _ => None,
+        });
+        let nat64 = nat64.and_then(|reply| match reply {
+            Reply::Nat64(answer) => match *answer {
+                nat64::Answer::Status(status) => Some(*status),
+            },
+            _ => None,
         });
         let file = opening::read_config(&self.options.config).ok();
         let own = build::own();
@@ -384,6 +394,7 @@ impl House {
             workers: keepers.iter().map(|(role, keeper)| keeper.status(*role)).collect(),
             lb,
             dns,
+            nat64,
             upgrade,
         }
     }

@@ -8,6 +8,7 @@
 mod dns64;
 mod lb;
 pub mod message;
+mod nat64;
 mod web;
 
 use std::{
@@ -42,19 +43,22 @@ pub enum Role {
     Lb,
     /// The resolver and the zones of nodes.
     Dns64,
+    /// The translator of packets.
+    Nat64,
     /// The metrics page.
     Web,
 }
 
 impl Role {
     /// All of them, in the order in which they are started.
-    pub const ALL: [Self; 3] = [Self::Lb, Self::Dns64, Self::Web];
+    pub const ALL: [Self; 4] = [Self::Lb, Self::Dns64, Self::Nat64, Self::Web];
 
     /// As in `ps`, status and logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lb => "lb",
             Self::Dns64 => "dns64",
+            Self::Nat64 => "nat64",
             Self::Web => "web",
         }
     }
@@ -145,6 +149,10 @@ async fn run(role: Role, channel: OwnedFd) -> anyhow::Result<()> {
         Role::Dns64 => match loaded.config.dns64 {
             Some(config) => dns64::run(*start, config, descriptors, channel, said).await,
             None => Err(anyhow::anyhow!("the configuration has no [dns64] section")),
+        },
+        Role::Nat64 => match loaded.config.nat64 {
+            Some(config) => nat64::run(*start, config, descriptors, channel, said).await,
+            None => Err(anyhow::anyhow!("the configuration has no [nat64] section")),
         },
         Role::Web => web::run(*start, descriptors, channel, said).await,
     };

@@ -62,7 +62,7 @@ fn an_unknown_key_is_shown_with_the_one_that_was_meant() {
     );
     assert_eq!(
         told("[lb]", "[firewall]\n\n[lb]"),
-        "edged.toml:6:2: unknown key \"firewall\"\n  |\n6 | [firewall]\n  |  ^^^^^^^^\n  = a file has: version, control, log, lb, dns64"
+        "edged.toml:6:2: unknown key \"firewall\"\n  |\n6 | [firewall]\n  |  ^^^^^^^^\n  = a file has: version, control, log, lb, dns64, nat64"
     );
     assert_eq!(
         told("metrics = [\"[::1]:9464\"]", "zzz = 1"),

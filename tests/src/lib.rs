@@ -32,6 +32,8 @@ pub mod lab;
 pub mod load;
 pub mod nameserver;
 pub mod netns;
+pub mod packets;
+pub mod ping;
 pub mod process;
 pub mod stall;
 pub mod systemd_node;

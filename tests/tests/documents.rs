@@ -36,7 +36,9 @@ fn every_key_is_documented() -> Result<()> {
         .iter()
         .filter(|key| !document.contains(&format!("| `{key}` |")))
         .collect();
-    let sections = ["control", "log", "lb", "frontend", "health", "active", "dns64", "zone"];
+    let sections = [
+        "control", "log", "lb", "frontend", "health", "active", "dns64", "nat64", "zone",
+    ];
     let missing: Vec<_> = missing
         .into_iter()
         .filter(|key| !sections.contains(&key.as_str()))

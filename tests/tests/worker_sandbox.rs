@@ -3,7 +3,8 @@
 //! ```text
 //! edge: edged (supervisor) ─┬─ worker lb    no capabilities, another user, seccomp, not dumpable
 //!                           ├─ worker web   likewise
-//!                           └─ worker dns64 likewise
+//!                           ├─ worker dns64 likewise
+//!                           └─ worker nat64 likewise, and a TUN device
 //! ```
 
 use std::{collections::BTreeMap, fs, io::ErrorKind, os::unix::fs::MetadataExt, process::Command, time::Duration};
@@ -11,7 +12,7 @@ use std::{collections::BTreeMap, fs, io::ErrorKind, os::unix::fs::MetadataExt, p
 use anyhow::{Context, Result, ensure};
 use tests::{Edge, World, edge::say, lab::need_tool};
 
-const ROLES: [&str; 3] = ["lb", "web", "dns64"];
+const ROLES: [&str; 4] = ["lb", "web", "dns64", "nat64"];
 
 #[test]
 fn every_worker_is_confined_and_runs_as_a_user_of_its_own() -> Result<()> {
@@ -106,8 +107,8 @@ fn no_worker_holds_a_descriptor_it_does_not_need() -> Result<()> {
                 target => target?.display().to_string(),
             };
             let kind = target.split(':').next().unwrap_or_default();
-            let harmless =
-                ["socket", "anon_inode", "pipe", "/dev/null"].contains(&kind) || target.starts_with("/memfd:");
+            let harmless = ["socket", "anon_inode", "pipe", "/dev/null", "/dev/net/tun"].contains(&kind)
+                || target.starts_with("/memfd:");
             // Its log is the supervisor's standard error, here a file of the lab.
             let log = target.ends_with("edged.log");
             assert!(harmless || log, "{role} holds {target}");
@@ -119,7 +120,7 @@ fn no_worker_holds_a_descriptor_it_does_not_need() -> Result<()> {
 /// Something for every kind of worker to do.
 fn config(world: &World) -> String {
     format!(
-        "{}\n[dns64]\nlisten = [\"{}\"]\nupstreams = [\"udp://{}\"]\n",
+        "{}\n[dns64]\nlisten = [\"{}\"]\nupstreams = [\"udp://{}\"]\n[nat64]\nmode = \"stateless\"\n",
         world.config("kind = \"api\""),
         world.edge.at(53),
         world.cp[0].at(53)

@@ -1,6 +1,8 @@
 //! What a section asks for before its service can run.
 
-use std::{net::SocketAddr, ops::Range, path::PathBuf};
+use std::{collections::BTreeSet, net::SocketAddr, ops::Range, path::PathBuf};
+
+use ipnet::IpNet;
 
 /// Something the supervisor opens before the worker exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,4 +34,13 @@ pub enum What {
     },
     /// The content of a readable file that is no secret (a CA certificate).
     File(PathBuf),
+    /// A TUN device that is up, without addresses, with super-packets.
+    Tun {
+        /// Its name; at most 15 octets.
+        name: String,
+        /// How many queues: one per thread that reads.
+        queues: u16,
+        /// What the machine sends into it.
+        routes: BTreeSet<IpNet>,
+    },
 }

@@ -104,6 +104,9 @@ pub fn load(text: &str, origin: &str) -> Result<Loaded, Faulty> {
     for fault in config.dns64.iter().flat_map(dns64::Config::check) {
         found.fault(fault);
     }
+    for fault in config.nat64.iter().flat_map(dns64::nat64::Config::check) {
+        found.fault(fault);
+    }
     if !found.faults.is_empty() {
         return Err(found.faulty());
     }
@@ -284,6 +287,7 @@ impl Found<'_> {
                 );
             }
         }
+        self.one_prefix(config);
         for at in &control.metrics {
             self.metrics(at, &mut taken, control.metrics_token_file.is_some());
         }
@@ -307,6 +311,27 @@ impl Found<'_> {
                 "a secret file needs an absolute path",
                 "write metrics_token_file = \"/etc/edged/metrics-token\"",
             );
+        }
+    }
+
+    /// The translator must understand the addresses that the resolver makes.
+    fn one_prefix(&mut self, config: &Config) {
+        let (Some(dns64), Some(nat64)) = (&config.dns64, &config.nat64) else {
+            return;
+        };
+        let Some(prefix) = nat64.prefix() else { return };
+        let served: Vec<dns64::Pref64> = dns64.rules().mappings.iter().map(|mapping| mapping.prefix).collect();
+        if !served.contains(&prefix) {
+            let served: Vec<String> = served.iter().map(|prefix| format!("\"{prefix}\"")).collect();
+            let help = match served.is_empty() {
+                true => format!("write prefixes = [\"{prefix}\"] in [dns64], or prefix = \"none\" here"),
+                false => format!(
+                    "write prefix = {}, or add this one to dns64.prefixes",
+                    served.join(" or ")
+                ),
+            };
+            let message = format!("the resolver makes no addresses under {prefix}, so nobody would come here");
+            self.error(nat64.prefix.span.clone(), &message, &help);
         }
     }
 

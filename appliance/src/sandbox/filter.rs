@@ -130,7 +130,8 @@ fn rules(role: Role) -> Result<Rules, BackendError> {
             rules.extend(DNS64.iter().map(|call| (*call, Vec::new())));
             rules.insert(libc::SYS_socket, internet_sockets()?);
         }
-        Role::Web => {}
+        // It reads and writes the descriptors that it was given.
+        Role::Nat64 | Role::Web => {}
     }
     Ok(rules)
 }

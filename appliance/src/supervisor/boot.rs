@@ -22,6 +22,7 @@ use super::{
     lock, memory,
     opening::{self, Adopted, Sockets, Spec, adopt, read_config},
     socket,
+    tun::Tuns,
     vault::{Kept, Vault},
 };
 use crate::{
@@ -97,7 +98,7 @@ pub(super) async fn boot(
     let mut adopted = adopt(descriptors);
     let cores = std::thread::available_parallelism().map_or(1, |cores| u16::try_from(cores.get()).unwrap_or(u16::MAX));
     let threads = lb::threads(&loaded.config.lb, cores);
-    let opened = opening::open(&loaded, threads, &adopted.sockets).map_err(Failure::not)?;
+    let opened = opening::open(&loaded, threads, &adopted.sockets, &Tuns::new()).map_err(Failure::not)?;
     let path = loaded.config.control.socket.value.clone();
     let control = socket::bind(&path).and_then(|control| {
         let control = control.into_std().map(OwnedFd::from);
@@ -202,7 +203,7 @@ impl House {
     /// Starts a worker and its keeper.
     pub(super) async fn start_worker(&self, role: Role, spec: Spec) -> Ready {
         let (ready, is_ready) = oneshot::channel();
-        let kept = if role == Role::Web {
+        let kept = if matches!(role, Role::Nat64 | Role::Web) {
             Kept::default()
         } else {
             self.vault.kept().await

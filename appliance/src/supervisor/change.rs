@@ -1,7 +1,7 @@
 //! Puts a configuration into effect, or changes nothing.
 //!
 //! ```text
-//! load -> open -> lb takes it over -> web takes it over -> store keeps it -> it is the running one
+//! load -> open -> lb takes it over -> the others do    -> store keeps it -> it is the running one
 //!   \------\-----------\--------------------\-------------------\-> back to the one before, and why
 //! ```
 
@@ -14,6 +14,7 @@ use std::{
 use super::{
     House, bad_request, could_not, lock,
     opening::{self, Opened, Sockets},
+    tun,
 };
 use crate::{
     api::{Applied, Refusal},
@@ -229,7 +230,7 @@ impl House {
             let now = lock(&self.now);
             (Arc::clone(&now.opened), now.loaded.clone(), now.reverts.is_some())
         };
-        let opened = opening::open(&loaded, self.threads, &before.sockets()).map_err(bad_request)?;
+        let opened = opening::open(&loaded, self.threads, &before.sockets(), &before.tuns()).map_err(bad_request)?;
         let opened = unchanged_specs(opened, &before, &old.text, &loaded.text);
         let same_text = loaded.text == old.text;
         // A file that it names may have changed all the same.
@@ -267,10 +268,11 @@ impl House {
                     );
                 }
                 self.forget_sockets(&opened.sockets(), &before.sockets());
+                tun::settle(&opened.tuns(), &before.tuns());
                 return Err(could_not(message));
             }
         };
-        let sockets = opened.sockets();
+        let (sockets, tuns) = (opened.sockets(), opened.tuns());
         let deadline = {
             let mut now = lock(&self.now);
             log::change(&loaded.config.log);
@@ -293,6 +295,7 @@ impl House {
             }
         };
         self.forget_sockets(&before.sockets(), &sockets);
+        tun::settle(&before.tuns(), &tuns);
         if let Some((time, generation)) = deadline {
             self.revert_after(time, generation);
         }
@@ -400,6 +403,11 @@ fn unchanged_specs(mut opened: Opened, before: &Opened, old: &str, new: &str) ->
         && same(&[&["dns64"], &["log"]])
     {
         dns64.text = Arc::clone(&was.text);
+    }
+    if let (Some(nat64), Some(was)) = (&mut opened.nat64, &before.nat64)
+        && same(&[&["nat64"], &["log"]])
+    {
+        nat64.text = Arc::clone(&was.text);
     }
     if let (Some(web), Some(was)) = (&mut opened.web, &before.web)
         && same(&[&["control", "metrics"], &["control", "metrics_token_file"], &["log"]])

@@ -748,12 +748,19 @@ impl Actor {
                     reply: answer @ Reply::Dns64(_),
                 },
                 Role::Dns64,
+            )
+            | (
+                FromWorker::Answer {
+                    id,
+                    reply: answer @ Reply::Nat64(_),
+                },
+                Role::Nat64,
             ) => {
                 if let Some((_, reply)) = life.asked.remove(&id) {
                     let _ = reply.send(answer);
                 }
             }
-            (FromWorker::Reloaded { id, result }, Role::Lb | Role::Dns64) => match life.reload.take() {
+            (FromWorker::Reloaded { id, result }, Role::Lb | Role::Dns64 | Role::Nat64) => match life.reload.take() {
                 Some((asked, reload)) if asked == id => {
                     if result.is_ok() {
                         self.spec = reload.spec;

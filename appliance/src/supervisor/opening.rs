@@ -17,14 +17,17 @@ use std::{
 use settings::{Need, What};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::memory;
+use super::{
+    memory,
+    tun::{self, Tun, Tuns},
+};
 use crate::{
     config::{self, Loaded},
     endpoint::{Endpoint, Transport},
     notify,
     worker::{
         Role,
-        message::{Bytes, Service},
+        message::{self, Bytes, Service},
     },
 };
 
@@ -43,6 +46,8 @@ pub(super) struct Spec {
     pub(super) threads: u16,
     /// What it listens on.
     pub(super) sockets: SameSockets,
+    /// The device that it reads packets from, by name.
+    pub(super) tun: Option<(String, Tun)>,
     /// Content of the files that the configuration names.
     pub(super) files: BTreeMap<PathBuf, Bytes>,
     /// Content of /etc/resolv.conf.
@@ -73,6 +78,8 @@ pub(super) struct Opened {
     pub(super) lb: Spec,
     /// For the resolver, if there is one.
     pub(super) dns64: Option<Spec>,
+    /// For the translator, if there is one.
+    pub(super) nat64: Option<Spec>,
     /// For the metrics page, if there is one.
     pub(super) web: Option<Spec>,
 }
@@ -83,6 +90,7 @@ impl Opened {
         match role {
             Role::Lb => Some(&self.lb),
             Role::Dns64 => self.dns64.as_ref(),
+            Role::Nat64 => self.nat64.as_ref(),
             Role::Web => self.web.as_ref(),
         }
     }
@@ -92,13 +100,22 @@ impl Opened {
         let specs = Role::ALL.into_iter().filter_map(|role| self.spec(role));
         specs.flat_map(|spec| spec.sockets.0.clone()).collect()
     }
+
+    /// Every TUN device.
+    pub(super) fn tuns(&self) -> Tuns {
+        let specs = Role::ALL.into_iter().filter_map(|role| self.spec(role));
+        specs.filter_map(|spec| spec.tun.clone()).collect()
+    }
 }
 
 impl Spec {
-    /// As a message, and the descriptors that go with it: of the listeners that `before` does not have.
+    /// As a message, and the descriptors that go with it: of the listeners and the device that `before` does not have.
     pub(super) fn service(&self, before: Option<&Self>) -> (Service, Vec<Arc<OwnedFd>>) {
         let is_new = |place: &Endpoint| before.is_none_or(|before| !before.sockets.0.contains_key(place));
         let fresh: Vec<_> = self.sockets.0.iter().filter(|(place, _)| is_new(place)).collect();
+        let had = before.and_then(|before| before.tun.as_ref());
+        let tun = self.tun.as_ref().map(|(_, tun)| tun);
+        let tun = tun.filter(|tun| had.is_none_or(|(_, had)| !had.is(tun)));
         let service = Service {
             text: self.text.to_string(),
             listeners: fresh
@@ -108,28 +125,33 @@ impl Spec {
             files: self.files.clone(),
             resolv_conf: self.resolv_conf.clone(),
             hosts: self.hosts.clone(),
+            tun: tun.map(|tun| message::Tun {
+                queues: u16::try_from(tun.queues.len()).unwrap_or(u16::MAX),
+                offloads: tun.offloads,
+            }),
         };
-        (
-            service,
-            fresh.into_iter().flat_map(|(_, copies)| copies.clone()).collect(),
-        )
+        let queues = tun.into_iter().flat_map(|tun| tun.queues.clone());
+        let sockets = fresh.into_iter().flat_map(|(_, copies)| copies.clone());
+        (service, sockets.chain(queues).collect())
     }
 }
 
-/// Opens everything `loaded` needs; sockets in `held` are used again. `threads` is the number of data threads, which
+/// Opens everything `loaded` needs; sockets in `held` and devices in `tuns` are used again. `threads` is the number of data threads, which
 /// stays as it was when the daemon started.
 ///
 /// # Errors
 ///
 /// Every need that cannot be met, with its place and its remedy. What was opened is closed again.
-pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Opened, String> {
+pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets, tuns: &Tuns) -> Result<Opened, String> {
     let mut lb = loaded.config.lb.clone();
     lb.threads = None;
     let mut faults = Vec::new();
     let mut opening = Opening {
         loaded,
         held,
+        tuns,
         opened: Sockets::new(),
+        opened_tuns: Tuns::new(),
         faults: &mut faults,
     };
     let mut spec = Spec {
@@ -147,6 +169,17 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
             ..Spec::default()
         };
         for need in dns64::needs(config, threads) {
+            opening.need(&need, &mut spec);
+        }
+        spec
+    });
+    let nat64 = loaded.config.nat64.as_ref().map(|config| {
+        let mut spec = Spec {
+            text: loaded.text.as_str().into(),
+            threads,
+            ..Spec::default()
+        };
+        for need in config.needs(threads) {
             opening.need(&need, &mut spec);
         }
         spec
@@ -175,7 +208,13 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
         }
         spec
     });
-    let mut opened = Opened { lb: spec, dns64, web };
+    let opened_tuns = opening.opened_tuns;
+    let mut opened = Opened {
+        lb: spec,
+        dns64,
+        nat64,
+        web,
+    };
     match loaded.secrets() {
         Ok(secrets) => {
             if let Some(web) = &mut opened.web {
@@ -187,6 +226,7 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
     if faults.is_empty() {
         Ok(opened)
     } else {
+        tun::settle(&opened_tuns, tuns);
         Err(faults.join("\n\n"))
     }
 }
@@ -194,7 +234,9 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets) -> Result<Open
 struct Opening<'a> {
     loaded: &'a Loaded,
     held: &'a Sockets,
+    tuns: &'a Tuns,
     opened: Sockets,
+    opened_tuns: Tuns,
     faults: &'a mut Vec<String>,
 }
 
@@ -203,6 +245,13 @@ impl Opening<'_> {
         match &need.what {
             What::Listener { address, copies } => self.socket(need, Endpoint::tcp(*address), *copies, spec),
             What::Datagrams { address, copies } => self.socket(need, Endpoint::udp(*address), *copies, spec),
+            What::Tun { name, queues, routes } => match tun::open(name, *queues, routes, self.tuns) {
+                Ok(tun) => {
+                    self.opened_tuns.insert(name.clone(), tun.clone());
+                    spec.tun = Some((name.clone(), tun));
+                }
+                Err((message, help)) => self.fault(need.span.clone(), &message, &help),
+            },
             What::File(path) => match read_file(path) {
                 Ok(content) => {
                     if let Err(error) = lb::io::check_file(&content) {
@@ -473,9 +522,9 @@ mod tests {
     #[test]
     fn a_listener_has_a_socket_per_thread_and_keeps_them() {
         let address = free();
-        let first = open(&loaded(&text(address)), 3, &Sockets::new()).expect("opened");
+        let first = open(&loaded(&text(address)), 3, &Sockets::new(), &Tuns::new()).expect("opened");
         assert_eq!(first.lb.sockets.0[&Endpoint::tcp(address)].len(), 3);
-        let again = open(&loaded(&text(address)), 3, &first.sockets()).expect("opened");
+        let again = open(&loaded(&text(address)), 3, &first.sockets(), &Tuns::new()).expect("opened");
         assert!(again.lb == first.lb);
     }
 
@@ -483,7 +532,7 @@ mod tests {
     fn an_address_in_use_is_refused_with_its_line() {
         let other = TcpListener::bind("127.0.0.1:0").expect("bound");
         let address = other.local_addr().expect("an address");
-        let message = open(&loaded(&text(address)), 1, &Sockets::new())
+        let message = open(&loaded(&text(address)), 1, &Sockets::new(), &Tuns::new())
             .err()
             .expect("refused");
         assert!(message.starts_with("/etc/edged/edged.toml:6:11: "), "{message}");
@@ -498,7 +547,7 @@ mod tests {
     fn another_process_that_shares_its_port_is_still_another() {
         let address = free();
         let _theirs = lb::io::socket::listener(address).expect("bound");
-        assert!(open(&loaded(&text(address)), 1, &Sockets::new()).is_err());
+        assert!(open(&loaded(&text(address)), 1, &Sockets::new(), &Tuns::new()).is_err());
     }
 
     #[test]
@@ -507,6 +556,7 @@ mod tests {
             &loaded(&text("192.0.2.7:6443".parse().expect("an address"))),
             1,
             &Sockets::new(),
+            &Tuns::new(),
         )
         .err()
         .expect("refused");
@@ -520,7 +570,9 @@ mod tests {
     fn every_fault_is_told_at_once() {
         let text = text("192.0.2.7:6443".parse().expect("an address"))
             + "[lb.frontend.health]\nactive = { kind = \"https\", ca_file = \"/nonexistent/ca.crt\" }\n";
-        let message = open(&loaded(&text), 1, &Sockets::new()).err().expect("refused");
+        let message = open(&loaded(&text), 1, &Sockets::new(), &Tuns::new())
+            .err()
+            .expect("refused");
         assert!(message.contains("no address of this machine"), "{message}");
         assert!(
             message.contains("edged.toml:9:38: /nonexistent/ca.crt cannot be read"),
@@ -585,12 +637,12 @@ mod tests {
         };
         let adopted = passed(2);
         assert_eq!(adopted.stale(&adopted.sockets), Vec::<String>::new());
-        let opened = open(&loaded(&text(address)), 2, &adopted.sockets).expect("opened");
+        let opened = open(&loaded(&text(address)), 2, &adopted.sockets, &Tuns::new()).expect("opened");
         assert_eq!(
             adopted.stale(&opened.sockets()),
             [notify::name_of(Endpoint::tcp(other))]
         );
-        let fewer = open(&loaded(&text(address)), 1, &adopted.sockets).expect("opened");
+        let fewer = open(&loaded(&text(address)), 1, &adopted.sockets, &Tuns::new()).expect("opened");
         let mut stale = vec![name, notify::name_of(Endpoint::tcp(other))];
         stale.sort();
         assert_eq!(adopted.stale(&fewer.sockets()), stale);

@@ -39,7 +39,7 @@ use self::{
     candidate::Candidate,
     carried::{Carried, ms_of, now_ms, raw},
 };
-use super::{House, could_not, keeper::Running, lock, name, opening};
+use super::{House, could_not, keeper::Running, lock, name, opening, tun::Tuns};
 use crate::{
     api::{Author, Refusal, Upgrade, UpgradeState},
     build,
@@ -83,9 +83,9 @@ impl House {
                 bad_request: true,
             }
         };
-        let (loaded, held) = {
+        let (loaded, held, tuns) = {
             let now = lock(&self.now);
-            (now.loaded.clone(), now.opened.sockets())
+            (now.loaded.clone(), now.opened.sockets(), now.opened.tuns())
         };
         let (path, text) = (binary.clone(), loaded.text.clone());
         let checked = tokio::task::spawn_blocking(move || Candidate::check(&path, &text)).await;
@@ -93,7 +93,7 @@ impl House {
             .map_err(|error| could_not(error.to_string()))?
             .map_err(refused)?;
         // What the next supervisor will do first; files may have gone since.
-        opening::open(&loaded, self.threads, &held).map_err(|message| {
+        opening::open(&loaded, self.threads, &held, &tuns).map_err(|message| {
             refused(format!(
                 "the running configuration cannot be opened any more, so nothing was changed:\n{message}"
             ))
@@ -197,16 +197,21 @@ impl House {
             .custom_flags(libc::O_PATH)
             .open("/proc/self/exe")
             .map(OwnedFd::from)?;
-        let sockets = lock(&self.now).opened.sockets();
-        let carried = self.carried(ordered, released, &sockets);
+        let (sockets, tuns) = {
+            let now = lock(&self.now);
+            (now.opened.sockets(), now.opened.tuns())
+        };
+        let carried = self.carried(ordered, released, &sockets, &tuns);
         let state = carried.write()?;
         let listeners = sockets.values().flatten().map(|socket| socket.as_fd());
+        let queues = tuns.values().flat_map(|tun| &tun.queues).map(|queue| queue.as_fd());
         let workers = released.values().map(|running| running.channel.as_fd());
         let memory = self.state.as_ref().map(|memory| memory.as_fd());
         let kept: Vec<BorrowedFd<'_>> = [state.as_fd(), old.as_fd(), self.lock.as_fd(), self.control.as_fd()]
             .into_iter()
             .chain(memory)
             .chain(listeners)
+            .chain(queues)
             .chain(workers)
             .collect();
         let numbers = [raw(&state), raw(&old)];
@@ -218,7 +223,13 @@ impl House {
         ))
     }
 
-    fn carried(&self, ordered: &Ordered, released: &BTreeMap<Role, Running>, sockets: &opening::Sockets) -> Carried {
+    fn carried(
+        &self,
+        ordered: &Ordered,
+        released: &BTreeMap<Role, Running>,
+        sockets: &opening::Sockets,
+        tuns: &Tuns,
+    ) -> Carried {
         let now = lock(&self.now);
         Carried {
             format: carried::FORMAT,
@@ -235,6 +246,15 @@ impl House {
             listeners: sockets
                 .iter()
                 .map(|(place, copies)| (*place, copies.iter().map(|copy| raw(&copy.as_fd())).collect()))
+                .collect(),
+            tuns: tuns
+                .iter()
+                .map(|(name, tun)| carried::Tun {
+                    name: name.clone(),
+                    queues: tun.queues.iter().map(|queue| raw(&queue.as_fd())).collect(),
+                    offloads: tun.offloads,
+                    routes: tun.routes.clone(),
+                })
                 .collect(),
             workers: released
                 .iter()

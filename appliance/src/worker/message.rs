@@ -140,6 +140,8 @@ pub enum Question {
     Lb(lb::status::Request),
     /// To the resolver.
     Dns64(dns64::status::Request),
+    /// To the translator.
+    Nat64(dns64::nat64::status::Request),
 }
 
 impl Question {
@@ -157,6 +159,8 @@ pub enum Reply {
     Lb(Box<lb::status::Answer>),
     /// From the resolver.
     Dns64(Box<dns64::status::Answer>),
+    /// From the translator.
+    Nat64(Box<dns64::nat64::status::Answer>),
 }
 
 /// What a worker may have kept.
@@ -212,6 +216,18 @@ pub struct Service {
     pub resolv_conf: Bytes,
     /// Content of /etc/hosts.
     pub hosts: Bytes,
+    /// The TUN device, whose queues are the last descriptors; in a reload only if it is another one.
+    #[serde(default)]
+    pub tun: Option<Tun>,
+}
+
+/// A TUN device.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+pub struct Tun {
+    /// How many descriptors it has.
+    pub queues: u16,
+    /// What it leaves undone.
+    pub offloads: dns64::nat64::status::Offloads,
 }
 
 /// Bytes, in JSON as hexadecimal digits: an array of numbers would be four times as long.

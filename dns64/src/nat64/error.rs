@@ -95,9 +95,52 @@ pub enum DropReason {
     FragmentsFull,
     /// UDP datagrams as one packet that would have to be fragmented one by one: whoever asked cuts them apart first.
     NeedsSegmentation,
+    /// Segments to be cut in a way that is not known here.
+    UnknownOffload,
 }
 
 impl DropReason {
+    /// All of them, each at its own number.
+    pub const ALL: [Self; 37] = [
+        Self::Malformed,
+        Self::HeaderChecksum,
+        Self::Source,
+        Self::Destination,
+        Self::NotMapped,
+        Self::NotClient,
+        Self::Loop,
+        Self::Spoofed,
+        Self::Forbidden,
+        Self::NoBinding,
+        Self::NoSession,
+        Self::Filtered,
+        Self::Unsolicited,
+        Self::Exhausted,
+        Self::Full,
+        Self::Quota,
+        Self::Rate,
+        Self::NoPorts,
+        Self::NotGlobal,
+        Self::HopLimit,
+        Self::SourceRoute,
+        Self::RoutingHeader,
+        Self::ExtensionHeader,
+        Self::Protocol,
+        Self::IcmpType,
+        Self::IcmpFragment,
+        Self::IcmpQuotation,
+        Self::UdpChecksum,
+        Self::TooBig,
+        Self::FragmentLength,
+        Self::FragmentEnd,
+        Self::FragmentTiny,
+        Self::FragmentOverlap,
+        Self::FragmentDuplicate,
+        Self::FragmentsFull,
+        Self::NeedsSegmentation,
+        Self::UnknownOffload,
+    ];
+
     /// As in a metric.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -137,6 +180,7 @@ impl DropReason {
             Self::FragmentDuplicate => "fragment_duplicate",
             Self::FragmentsFull => "fragments_full",
             Self::NeedsSegmentation => "needs_segmentation",
+            Self::UnknownOffload => "unknown_offload",
         }
     }
 }

@@ -33,6 +33,10 @@ pub trait Mapper {
         true
     }
 
+    /// It is `now`, in milliseconds of a clock that never goes back. Told before packets are translated, often enough for
+    /// lifetimes of seconds; what has no state need not know.
+    fn tick(&mut self, _now: u64) {}
+
     /// What a packet from IPv6 looks like on the side that it leaves to.
     ///
     /// # Errors

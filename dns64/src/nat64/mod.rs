@@ -9,6 +9,7 @@
 //! clock nor device is known. What the device finishes, checksums and segments, is carried along: see [`Offload`].
 
 mod checksum;
+pub mod config;
 mod eam;
 mod error;
 mod flow;
@@ -16,14 +17,16 @@ mod fragments;
 mod icmp;
 mod ident;
 mod ip;
+mod limit;
 mod map;
 mod packet;
 #[cfg(test)]
 mod properties;
 mod quote;
-pub mod state;
 #[cfg(test)]
 mod rfc6052;
+pub mod state;
+pub mod status;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -31,14 +34,17 @@ mod tests;
 mod translate;
 mod translate_error;
 mod transport;
+pub mod vnet;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+pub use config::Config;
 pub use eam::{Map, MapError, Maps};
 pub use error::{DropReason, Problem, Refusal};
 pub use flow::{Ends, Flow, Ports};
 pub use fragments::{Fate, FragmentLimits, Fragments};
 pub use ip::Fragment;
+pub use limit::Limit;
 pub use map::{Exit, Mapper, Quotation, Stateless};
 pub use packet::{HEADROOM, Offload, Packet, Pieces};
 pub use translate::Translator;

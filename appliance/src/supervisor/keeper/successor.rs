@@ -4,6 +4,7 @@
 //! balancer      start the new one and join both by a socket pair -> the old one hands over -> the new one is ready
 //! resolver      start the new one on the same sockets, tell it what the old one has kept -> it is ready and answers, but takes
 //!               no update -> the old one finishes its own and ends -> the zones are the new one's
+//! translator    start the new one on the same queues -> it is ready -> stop the old one; so long both take packets
 //! metrics page  start the new one on the same listeners -> it is ready -> stop the old one
 //! ```
 //! Until the new one is ready the old one is the worker, and whatever goes wrong ends the new one only. What both ends of a

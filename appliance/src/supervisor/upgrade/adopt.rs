@@ -26,6 +26,7 @@ use crate::{
         lock,
         opening::{self, Sockets},
         runtime, serve,
+        tun::{Tun, Tuns},
         vault::Vault,
     },
     worker::Role,
@@ -130,7 +131,18 @@ async fn adopt(
             copies.iter().map(|raw| carried.copy(*raw).map(Arc::new)).collect();
         held.insert(*place, copies?);
     }
-    let opened = opening::open(&loaded, carried.threads, &held)?;
+    let mut tuns = Tuns::new();
+    for tun in &carried.tuns {
+        let queues: Result<Vec<Arc<OwnedFd>>, String> =
+            tun.queues.iter().map(|raw| carried.copy(*raw).map(Arc::new)).collect();
+        let held = Tun {
+            queues: queues?,
+            offloads: tun.offloads,
+            routes: tun.routes.clone(),
+        };
+        tuns.insert(tun.name.clone(), held);
+    }
+    let opened = opening::open(&loaded, carried.threads, &held, &tuns)?;
     let control = Control::new(carried.copy(carried.control)?, carried.control_path.clone());
     let memory = carried.memory.map(|raw| carried.copy(raw).map(Arc::new)).transpose()?;
     let vault = if carried.store {

@@ -4,6 +4,7 @@
 //! (`CLOCK_BOOTTIME`), which go on whatever runs.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{Read, Seek, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -11,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dns64::nat64::status::Offloads;
+use ipnet::IpNet;
 use rustix::{
     fs::{MemfdFlags, SealFlags},
     io::FdFlags,
@@ -50,6 +53,9 @@ pub(super) struct Carried {
     pub(super) memory: Option<RawFd>,
     /// Every bound socket.
     pub(super) listeners: Vec<(Endpoint, Vec<RawFd>)>,
+    /// Every TUN device.
+    #[serde(default)]
+    pub(super) tuns: Vec<Tun>,
     /// Every worker that runs.
     pub(super) workers: Vec<Worker>,
     /// The configuration in effect.
@@ -58,6 +64,15 @@ pub(super) struct Carried {
     pub(super) upgrade: api::Upgrade,
     /// When it began.
     pub(super) began_ms: u64,
+}
+
+/// A TUN device.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Tun {
+    pub(super) name: String,
+    pub(super) queues: Vec<RawFd>,
+    pub(super) offloads: Offloads,
+    pub(super) routes: BTreeSet<IpNet>,
 }
 
 /// A worker that runs.
@@ -120,7 +135,7 @@ impl Carried {
         }
         let carried: Self =
             serde_json::from_slice(&json).map_err(|error| format!("the state makes no sense: {error}"))?;
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         for raw in carried.descriptors() {
             if !is_open(raw) || !seen.insert(raw) {
                 return Err(format!("the state names the descriptor {raw}, which was not passed"));
@@ -132,11 +147,13 @@ impl Carried {
     /// Every descriptor it names.
     pub(super) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().flat_map(|(_, copies)| copies.iter().copied());
+        let queues = self.tuns.iter().flat_map(|tun| tun.queues.iter().copied());
         let workers = self.workers.iter().map(|worker| worker.channel);
         [self.lock, self.control]
             .into_iter()
             .chain(self.memory)
             .chain(listeners)
+            .chain(queues)
             .chain(workers)
             .collect()
     }
@@ -256,10 +273,16 @@ mod tests {
             store: true,
             memory: Some(number(2)),
             listeners: vec![("[::1]:6443".parse().expect("an address"), vec![number(3), number(4)])],
+            tuns: vec![Tun {
+                name: "nat64".into(),
+                queues: vec![number(6)],
+                offloads: Offloads::default(),
+                routes: ["64:ff9b::/96".parse().expect("a network")].into(),
+            }],
             workers: vec![Worker {
                 role: Role::Lb,
                 pid: 813,
-                channel: number(5),
+                channel: number(7),
                 build: Build::default(),
                 pings: 7,
                 next: 8,
@@ -295,7 +318,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again_with_every_descriptor() {
-        let descriptors: Vec<_> = (0..6).map(|_| null()).collect();
+        let descriptors: Vec<_> = (0..8).map(|_| null()).collect();
         let state = carried(&descriptors).write().expect("written");
         let read = Carried::read(state.as_fd()).expect("read");
         let numbers: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
@@ -312,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_state_that_is_not_ours_is_refused_and_never_a_panic() {
-        let descriptors: Vec<_> = (0..6).map(|_| null()).collect();
+        let descriptors: Vec<_> = (0..8).map(|_| null()).collect();
         assert!(
             Carried::read(null().as_fd())
                 .expect_err("no memory")
