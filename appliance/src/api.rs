@@ -50,6 +50,11 @@ pub enum Ask {
         /// What to ask the resolver.
         request: dns64::status::Request,
     },
+    /// `POST /v1/nat64` with a `dns64::nat64::status::Request`.
+    Nat64 {
+        /// What to ask the translator.
+        request: dns64::nat64::status::Request,
+    },
     /// `GET /v1/config`: the running configuration.
     ConfigShow,
     /// `POST /v1/config/apply`: check, then put into effect.
@@ -90,6 +95,8 @@ pub enum Answer {
     Lb(Box<lb::status::Answer>),
     /// To [`Ask::Dns`].
     Dns(Box<dns64::status::Answer>),
+    /// To [`Ask::Nat64`].
+    Nat64(Box<dns64::nat64::status::Answer>),
     /// To [`Ask::ConfigShow`].
     Config(ConfigText),
     /// To [`Ask::ConfigApply`], [`Ask::ConfigConfirm`] and [`Ask::ConfigRollback`].

@@ -280,6 +280,27 @@ enum Nat64 {
     /// Packets that did not go on, by reason
     #[command(after_help = "Examples:\n  edgectl nat64 drops\n  edgectl nat64 drops -o json | jq .dropped.not_mapped")]
     Drops,
+    /// Who speaks with whom, seen as what, and for how long yet
+    #[command(
+        after_help = "A port of icmp is an identifier.\n\nExamples:\n  edgectl nat64 sessions\n  edgectl nat64 sessions --host 2001:db8:1::10\n  edgectl nat64 sessions -o json | jq '.sessions | group_by(.host) | map(length)'"
+    )]
+    Sessions {
+        /// Only those of this host
+        #[arg(long, value_name = "ADDRESS")]
+        host: Option<std::net::Ipv6Addr>,
+    },
+    /// Which port of the pool is whose (the bindings of RFC 6146)
+    #[command(after_help = "Examples:\n  edgectl nat64 bib\n  edgectl nat64 bib -o json | jq '.bindings | length'")]
+    Bib {
+        /// Only those of this host
+        #[arg(long, value_name = "ADDRESS")]
+        host: Option<std::net::Ipv6Addr>,
+    },
+    /// Ports of the pool, and how many hosts can still get
+    #[command(
+        after_help = "Examples:\n  edgectl nat64 pool\n  edgectl nat64 pool -o json | jq '.pool[] | select(.free == 0)'"
+    )]
+    Pool,
 }
 
 /// As in BIND's key files.
@@ -446,7 +467,13 @@ async fn run(command: Command, client: &Client, out: Out) -> Result<u8, Fail> {
             Dns::Cache(DnsCache::Flush { name, below }) => dns::flush(client, out, name, below).await,
             Dns::Status => dns::status(client, out).await,
         },
-        Command::Nat64(command) => nat64::status(client, out, matches!(command, Nat64::Drops)).await,
+        Command::Nat64(command) => match command {
+            Nat64::Status => nat64::status(client, out, nat64::Part::All).await,
+            Nat64::Drops => nat64::status(client, out, nat64::Part::Drops).await,
+            Nat64::Pool => nat64::status(client, out, nat64::Part::Pool).await,
+            Nat64::Sessions { host } => nat64::sessions(client, out, host).await,
+            Nat64::Bib { host } => nat64::bindings(client, out, host).await,
+        },
         Command::Config(command) => match command {
             Config::Check { file } => config::check(out, &file),
             Config::Schema => {

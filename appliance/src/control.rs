@@ -323,6 +323,7 @@ fn body(answer: Answer) -> Result<(&'static str, String), Failure> {
         Answer::Status(status) => versioned(&status),
         Answer::Lb(answer) => versioned(&answer),
         Answer::Dns(answer) => versioned(&answer),
+        Answer::Nat64(answer) => versioned(&answer),
         Answer::Config(config) => versioned(&config),
         Answer::Applied(applied) => versioned(&applied),
         Answer::Upgrade(upgrade) => versioned(&upgrade),
@@ -392,6 +393,9 @@ async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
         "/v1/dns" if post => Ask::Dns {
             request: json_body(body).await?,
         },
+        "/v1/nat64" if post => Ask::Nat64 {
+            request: json_body(body).await?,
+        },
         "/v1/config/apply" if post => {
             let Apply {
                 text,
@@ -418,7 +422,13 @@ async fn parse(request: Request<Incoming>) -> Result<Ask, Failure> {
                 "this path is read with GET",
             ));
         }
-        "/v1/lb" | "/v1/dns" | "/v1/config/apply" | "/v1/config/confirm" | "/v1/config/rollback" | "/v1/upgrade" => {
+        "/v1/lb"
+        | "/v1/dns"
+        | "/v1/nat64"
+        | "/v1/config/apply"
+        | "/v1/config/confirm"
+        | "/v1/config/rollback"
+        | "/v1/upgrade" => {
             return Err(Failure::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes POST"));
         }
         _ => {
@@ -474,6 +484,7 @@ fn allowed(ask: &Ask, role: Role, author: &Author) -> Result<(), Failure> {
         | Ask::ConfigShow
         | Ask::ConfigHistory
         | Ask::Metrics
+        | Ask::Nat64 { .. }
         | Ask::Lb {
             request: Lb::Status | Lb::Why { .. },
         }

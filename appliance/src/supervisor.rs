@@ -310,6 +310,22 @@ impl House {
                 .dns(request, author)
                 .await
                 .map(|answer| Answer::Dns(Box::new(answer))),
+            Ask::Nat64 { request } => {
+                let keeper = lock(&self.workers).get(&Role::Nat64).cloned();
+                let reply = match keeper {
+                    Some(keeper) => keeper.ask(Question::Nat64(request)).await,
+                    None => {
+                        let message = "there is no translator: the configuration has no [nat64] section";
+                        return Err(bad_request(message));
+                    }
+                };
+                match reply {
+                    Some(Reply::Nat64(answer)) => Ok(Answer::Nat64(answer)),
+                    _ => Err(could_not(
+                        "the translator does not answer: its worker is being started again; try again, or see edgectl status",
+                    )),
+                }
+            }
             Ask::ConfigShow => {
                 let now = lock(&self.now);
                 Ok(Answer::Config(ConfigText {
@@ -372,6 +388,7 @@ impl House {
         let nat64 = nat64.and_then(|reply| match reply {
             Reply::Nat64(answer) => match *answer {
                 nat64::Answer::Status(status) => Some(*status),
+                nat64::Answer::Sessions { .. } => None,
             },
             _ => None,
         });

@@ -129,6 +129,10 @@ fn answer(ask: Ask, uid: u32) -> Result<Answer, Refusal> {
         Ask::Metrics => Answer::Metrics {
             text: "edge_up 1\n".into(),
         },
+        Ask::Nat64 { .. } => Answer::Nat64(Box::new(dns64::nat64::status::Answer::Sessions {
+            sessions: Vec::new(),
+            next: None,
+        })),
         Ask::ConfigShow => Answer::Config(ConfigText {
             revision: 7,
             text: RUNNING.into(),

@@ -42,5 +42,7 @@ pub enum What {
         queues: u16,
         /// What the machine sends into it.
         routes: BTreeSet<IpNet>,
+        /// Octets of memory that are kept with it.
+        memory: u64,
     },
 }

@@ -1,6 +1,8 @@
 //! `edgectl nat64`: the translator's device, what went through it, and what did not.
 
-use dns64::nat64::status::{Side, Status};
+use std::{collections::BTreeMap, net::Ipv6Addr};
+
+use dns64::nat64::status::{Answer, Request, SessionStatus, Side, Status};
 use serde_json::json;
 
 use super::{
@@ -14,8 +16,22 @@ use crate::{
     worker::Role,
 };
 
-/// Everything, or with `drops` only what did not go on.
-pub(super) async fn status(client: &Client, out: Out, drops: bool) -> Result<u8, Fail> {
+/// Sessions that one request asks for.
+const AT_ONCE: u32 = 10_000;
+
+/// What of the status is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// Everything.
+    All,
+    /// What did not go on.
+    Drops,
+    /// Ports.
+    Pool,
+}
+
+/// The translator at a glance, or a part of that.
+pub(super) async fn status(client: &Client, out: Out, part: Part) -> Result<u8, Fail> {
     let all: api::Status = typed(&client.get("/v1/status").await?)?;
     let Some(status) = &all.nat64 else {
         let runs = all.workers.iter().any(|worker| worker.role == Role::Nat64.name());
@@ -30,16 +46,101 @@ pub(super) async fn status(client: &Client, out: Out, drops: bool) -> Result<u8,
         });
     };
     if out.json {
-        out.print_json(&match drops {
-            true => json!({ "schema_version": SCHEMA_VERSION, "dropped": status.dropped }),
-            false => json!({ "schema_version": SCHEMA_VERSION, "nat64": status }),
+        out.print_json(&match part {
+            Part::Drops => json!({ "schema_version": SCHEMA_VERSION, "dropped": status.dropped }),
+            Part::Pool => json!({ "schema_version": SCHEMA_VERSION, "pool": status.pool }),
+            Part::All => json!({ "schema_version": SCHEMA_VERSION, "nat64": status }),
         });
-    } else if drops {
-        out.print(&dropped(status, out));
-    } else {
-        out.print(&render(status, out));
+        return Ok(0);
     }
+    out.print(&match part {
+        Part::Drops => dropped(status, out),
+        Part::Pool => pool(status, out),
+        Part::All => render(status, out),
+    });
     Ok(0)
+}
+
+/// Sessions, all or those of a host.
+pub(super) async fn sessions(client: &Client, out: Out, host: Option<Ipv6Addr>) -> Result<u8, Fail> {
+    let sessions = all_sessions(client, host).await?;
+    if out.json {
+        out.print_json(&json!({ "schema_version": SCHEMA_VERSION, "sessions": sessions }));
+        return Ok(0);
+    }
+    if sessions.is_empty() {
+        out.print("no sessions\n");
+        return Ok(0);
+    }
+    let mut table = Table::new(&["PROTOCOL", "HOST", "SEEN AS", "REMOTE", "STATE", "ENDS IN"]);
+    for session in sessions {
+        table.row([
+            Cell::new(clean(&session.protocol)),
+            Cell::new(session.host.to_string()),
+            Cell::new(session.seen_as.to_string()),
+            Cell::new(session.remote.to_string()),
+            Cell::new(clean(session.state.as_deref().unwrap_or("-"))),
+            Cell::new(format!("{} s", session.left)),
+        ]);
+    }
+    out.print(&table.show(out, 0));
+    Ok(0)
+}
+
+/// Bindings that have sessions, all or those of a host.
+pub(super) async fn bindings(client: &Client, out: Out, host: Option<Ipv6Addr>) -> Result<u8, Fail> {
+    let mut bindings = BTreeMap::new();
+    for session in all_sessions(client, host).await? {
+        let binding = (session.host, session.protocol, session.seen_as);
+        *bindings.entry(binding).or_insert(0_u64) += 1;
+    }
+    if out.json {
+        let all: Vec<_> = bindings
+            .into_iter()
+            .map(|((host, protocol, seen_as), sessions)| {
+                json!({ "protocol": protocol, "host": host, "seen_as": seen_as, "sessions": sessions })
+            })
+            .collect();
+        out.print_json(&json!({ "schema_version": SCHEMA_VERSION, "bindings": all }));
+        return Ok(0);
+    }
+    if bindings.is_empty() {
+        out.print("no bindings\n");
+        return Ok(0);
+    }
+    let mut table = Table::new(&["PROTOCOL", "HOST", "SEEN AS", "SESSIONS"]);
+    for ((host, protocol, seen_as), sessions) in bindings {
+        table.row([
+            Cell::new(clean(&protocol)),
+            Cell::new(host.to_string()),
+            Cell::new(seen_as.to_string()),
+            count(sessions).into(),
+        ]);
+    }
+    out.print(&table.show(out, 0));
+    Ok(0)
+}
+
+async fn all_sessions(client: &Client, host: Option<Ipv6Addr>) -> Result<Vec<SessionStatus>, Fail> {
+    let mut all = Vec::new();
+    let mut from = 0;
+    loop {
+        let request = Request::Sessions { from, most: AT_ONCE };
+        let answer: Answer = typed(&client.post("/v1/nat64", &request).await?)?;
+        let Answer::Sessions { sessions, next } = answer else {
+            return Err(Fail::could_not(
+                "edged answered another question; are edgectl and edged of the same release? edgectl version",
+            ));
+        };
+        let wanted = |session: &SessionStatus| host.is_none_or(|host| *session.host.ip() == host);
+        all.extend(sessions.into_iter().filter(wanted));
+        match next {
+            Some(next) if next > from => from = next,
+            _ => break,
+        }
+    }
+    all.sort_by_key(|session| (session.host, session.protocol.clone(), session.remote));
+    Ok(all)
 }
 
 fn render(status: &Status, out: Out) -> String {
@@ -88,8 +189,37 @@ fn render(status: &Status, out: Out) -> String {
         count(status.super_packets),
         out.ink(bad_if(status.unsent), &count(status.unsent))
     ));
+    if let Some(state) = &status.state {
+        text.push_str(&format!(
+            "sessions {} ({} since the start), bindings {} ({}), hosts {}\n",
+            count(state.sessions),
+            count(state.sessions_made),
+            count(state.bindings),
+            count(state.bindings_made),
+            count(state.hosts)
+        ));
+        text.push_str(&pool(status, out));
+        text.push('\n');
+    }
     text.push_str(&dropped(status, out));
     text
+}
+
+fn pool(status: &Status, out: Out) -> String {
+    if status.pool.is_empty() {
+        return "no pool: mode = \"stateless\"\n".into();
+    }
+    let mut table = Table::new(&["POOL", "PROTOCOL", "FREE", "PORTS"]);
+    for ports in &status.pool {
+        let ink = if ports.free == 0 { Ink::Warn } else { Ink::Plain };
+        table.row([
+            Cell::new(ports.address.to_string()),
+            Cell::new(clean(&ports.protocol)),
+            Cell::inked(count(ports.free), ink),
+            count(ports.all).into(),
+        ]);
+    }
+    table.show(out, 0)
 }
 
 /// Reasons that happened.

@@ -15,8 +15,13 @@ fn seals() -> SealFlags {
 
 /// Makes it, all zeros.
 pub(super) fn create() -> io::Result<OwnedFd> {
-    let memory = rustix::fs::memfd_create("edged-lb-state", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&memory, SIZE)?;
+    sealed("edged-lb-state", SIZE)
+}
+
+/// Memory of a size that stays, all zeros; what is not written to takes no room.
+pub(super) fn sealed(name: &str, size: u64) -> io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&memory, size)?;
     rustix::fs::fcntl_add_seals(&memory, seals())?;
     Ok(memory)
 }

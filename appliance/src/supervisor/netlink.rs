@@ -3,8 +3,10 @@
 //! Each request is one message with an acknowledgement; nothing is listened to.
 
 use std::{
+    collections::BTreeSet,
     ffi::CString,
     io,
+    net::Ipv4Addr,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
@@ -35,6 +37,32 @@ impl Interface {
             index => Ok(Self(index)),
         }
     }
+}
+
+/// IPv4 addresses of this machine's interfaces, in order; none if the kernel does not say.
+pub(super) fn own_addresses() -> Vec<Ipv4Addr> {
+    let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
+    // SAFETY: the kernel's answer is put where the pointer says, or nothing is.
+    if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
+        return Vec::new();
+    }
+    let mut addresses = BTreeSet::new();
+    let mut next = first;
+    // SAFETY: a list that ends with a null pointer, and is whole until it is freed below.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        // SAFETY: null, or a socket address whose family says how long it is.
+        if let Some(address) = unsafe { entry.ifa_addr.as_ref() }
+            && libc::c_int::from(address.sa_family) == libc::AF_INET
+        {
+            // SAFETY: of this family all are of this shape.
+            let address = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
+            addresses.insert(Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr)));
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: what getifaddrs gave, once.
+    unsafe { libc::freeifaddrs(first) };
+    addresses.into_iter().collect()
 }
 
 impl Netlink {

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
     io::{self, Read},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     ops::Range,
     os::{
         fd::{AsFd, OwnedFd},
@@ -18,7 +18,7 @@ use settings::{Need, What};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    memory,
+    memory, netlink,
     tun::{self, Tun, Tuns},
 };
 use crate::{
@@ -48,6 +48,8 @@ pub(super) struct Spec {
     pub(super) sockets: SameSockets,
     /// The device that it reads packets from, by name.
     pub(super) tun: Option<(String, Tun)>,
+    /// IPv4 addresses of this machine, for who must know them.
+    pub(super) addresses: Vec<Ipv4Addr>,
     /// Content of the files that the configuration names.
     pub(super) files: BTreeMap<PathBuf, Bytes>,
     /// Content of /etc/resolv.conf.
@@ -129,8 +131,12 @@ impl Spec {
                 queues: u16::try_from(tun.queues.len()).unwrap_or(u16::MAX),
                 offloads: tun.offloads,
             }),
+            addresses: self.addresses.clone(),
         };
-        let queues = tun.into_iter().flat_map(|tun| tun.queues.clone());
+        let memory = |tun: &Tun| Arc::clone(&tun.memory);
+        let queues = tun
+            .into_iter()
+            .flat_map(|tun| tun.queues.iter().cloned().chain([memory(tun)]));
         let sockets = fresh.into_iter().flat_map(|(_, copies)| copies.clone());
         (service, sockets.chain(queues).collect())
     }
@@ -181,6 +187,10 @@ pub(super) fn open(loaded: &Loaded, threads: u16, held: &Sockets, tuns: &Tuns) -
         };
         for need in config.needs(threads) {
             opening.need(&need, &mut spec);
+        }
+        spec.addresses = netlink::own_addresses();
+        if config.mode.value == dns64::nat64::Mode::Stateful {
+            opening.check_pool(config, &spec.addresses);
         }
         spec
     });
@@ -241,11 +251,29 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
+    /// A packet to an address of this machine goes nowhere else.
+    fn check_pool(&mut self, config: &dns64::nat64::Config, own: &[Ipv4Addr]) {
+        for at in config.pool.iter().filter(|at| own.contains(&at.address)) {
+            let message = format!(
+                "{} is an address of this machine itself, so its packets never reach the translator",
+                at.address
+            );
+            let help =
+                "write an address that is routed to this machine and is on none of its interfaces; see: ip -4 address";
+            self.fault(at.span.clone(), &message, help);
+        }
+    }
+
     fn need(&mut self, need: &Need, spec: &mut Spec) {
         match &need.what {
             What::Listener { address, copies } => self.socket(need, Endpoint::tcp(*address), *copies, spec),
             What::Datagrams { address, copies } => self.socket(need, Endpoint::udp(*address), *copies, spec),
-            What::Tun { name, queues, routes } => match tun::open(name, *queues, routes, self.tuns) {
+            What::Tun {
+                name,
+                queues,
+                routes,
+                memory,
+            } => match tun::open(name, *queues, routes, *memory, self.tuns) {
                 Ok(tun) => {
                     self.opened_tuns.insert(name.clone(), tun.clone());
                     spec.tun = Some((name.clone(), tun));

@@ -12,7 +12,10 @@ use std::{
 use dns64::nat64::status::Offloads;
 use ipnet::IpNet;
 
-use super::netlink::{Interface, Netlink};
+use super::{
+    memory,
+    netlink::{Interface, Netlink},
+};
 
 /// The largest that the kernel lets a TUN device have: the translator, which knows the networks behind it, tells senders
 /// what is too long for them.
@@ -30,6 +33,8 @@ pub(super) struct Tun {
     pub(super) offloads: Offloads,
     /// Networks.
     pub(super) routes: BTreeSet<IpNet>,
+    /// What a worker that reads from it remembers, and the next one goes on with.
+    pub(super) memory: Arc<OwnedFd>,
 }
 
 impl Tun {
@@ -46,16 +51,26 @@ impl PartialEq for Tun {
     }
 }
 
-/// Makes the device `name`, or takes the one in `held`, and has `routes` sent into it. Those that `held` has and `routes` has
+/// Makes the device `name` with so many octets of memory, or takes the one in `held`, and has `routes` sent into it. Those that `held` has and `routes` has
 /// not are left for [`settle`].
 ///
 /// # Errors
 ///
 /// Cause and remedy; nothing is left behind.
-pub(super) fn open(name: &str, queues: u16, routes: &BTreeSet<IpNet>, held: &Tuns) -> Result<Tun, (String, String)> {
-    let (queues, offloads) = match held.get(name) {
-        Some(tun) => (tun.queues.clone(), tun.offloads),
-        None => make(name, queues).map_err(|error| no_device(name, &error))?,
+pub(super) fn open(
+    name: &str,
+    queues: u16,
+    routes: &BTreeSet<IpNet>,
+    octets: u64,
+    held: &Tuns,
+) -> Result<Tun, (String, String)> {
+    let (queues, offloads, memory) = match held.get(name) {
+        Some(tun) => (tun.queues.clone(), tun.offloads, Arc::clone(&tun.memory)),
+        None => {
+            let (queues, offloads) = make(name, queues).map_err(|error| no_device(name, &error))?;
+            let memory = memory::sealed("edged-nat64", octets).map_err(|error| no_device(name, &error))?;
+            (queues, offloads, Arc::new(memory))
+        }
     };
     let netlink = Netlink::open().map_err(|error| no_device(name, &error))?;
     let interface = Interface::named(name).map_err(|error| no_device(name, &error))?;
@@ -63,6 +78,7 @@ pub(super) fn open(name: &str, queues: u16, routes: &BTreeSet<IpNet>, held: &Tun
         queues,
         offloads,
         routes: BTreeSet::new(),
+        memory,
     };
     for route in routes {
         let ours = held.values().any(|tun| tun.routes.contains(route));

@@ -204,7 +204,10 @@ impl House {
         let carried = self.carried(ordered, released, &sockets, &tuns);
         let state = carried.write()?;
         let listeners = sockets.values().flatten().map(|socket| socket.as_fd());
-        let queues = tuns.values().flat_map(|tun| &tun.queues).map(|queue| queue.as_fd());
+        let queues = tuns
+            .values()
+            .flat_map(|tun| tun.queues.iter().chain([&tun.memory]))
+            .map(|queue| queue.as_fd());
         let workers = released.values().map(|running| running.channel.as_fd());
         let memory = self.state.as_ref().map(|memory| memory.as_fd());
         let kept: Vec<BorrowedFd<'_>> = [state.as_fd(), old.as_fd(), self.lock.as_fd(), self.control.as_fd()]
@@ -254,6 +257,7 @@ impl House {
                     queues: tun.queues.iter().map(|queue| raw(&queue.as_fd())).collect(),
                     offloads: tun.offloads,
                     routes: tun.routes.clone(),
+                    memory: raw(&tun.memory.as_fd()),
                 })
                 .collect(),
             workers: released

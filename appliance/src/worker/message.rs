@@ -1,6 +1,6 @@
 //! What supervisor and worker say to each other.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, net::Ipv4Addr, path::PathBuf};
 
 use lb::Drain;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -216,9 +216,12 @@ pub struct Service {
     pub resolv_conf: Bytes,
     /// Content of /etc/hosts.
     pub hosts: Bytes,
-    /// The TUN device, whose queues are the last descriptors; in a reload only if it is another one.
+    /// The TUN device, whose queues and then memory are the last descriptors; in a reload only if it is another one.
     #[serde(default)]
     pub tun: Option<Tun>,
+    /// IPv4 addresses of this machine, for the translator.
+    #[serde(default)]
+    pub addresses: Vec<Ipv4Addr>,
 }
 
 /// A TUN device.

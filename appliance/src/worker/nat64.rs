@@ -27,8 +27,9 @@ pub(super) async fn run(
     said: mpsc::Sender<FromWorker>,
 ) -> anyhow::Result<()> {
     let device = device(&start.service, descriptors)?.context("the supervisor passed no TUN device")?;
+    let (own, waits) = (start.service.addresses, start.successor);
     let (commands, to_service) = mpsc::channel(64);
-    let serving = nat64::run(Box::new(config), device, to_service);
+    let serving = nat64::run(Box::new(config), device, own, waits, to_service);
     let mut serving = std::pin::pin!(serving);
     let told_to_stop = Cell::new(false);
     let conversation = converse(channel, said, commands, &told_to_stop);
@@ -88,11 +89,13 @@ async fn converse(
                 let command = |done| Command::Reload {
                     config: Box::new(config),
                     device,
+                    own: service.addresses,
                     done,
                 };
                 let answer = move |result| FromWorker::Reloaded { id, result };
                 ask(&commands, command, said.clone(), answer).await;
             }
+            ToWorker::Own => drop(commands.send(Command::Own).await),
             // Packets on their way are not waited for.
             ToWorker::Stop { .. } => {
                 told_to_stop.set(true);
@@ -105,10 +108,13 @@ async fn converse(
 
 /// The device, if one was passed.
 fn device(service: &Service, descriptors: Vec<OwnedFd>) -> anyhow::Result<Option<Device>> {
-    let queues = service.tun.map_or(0, |tun| usize::from(tun.queues));
-    let (queues, _) = deal(service, descriptors, queues)?;
+    // Its memory is the last.
+    let count = service.tun.map_or(0, |tun| usize::from(tun.queues) + 1);
+    let (mut queues, _) = deal(service, descriptors, count)?;
+    let memory = queues.pop();
     Ok(service.tun.map(|tun| Device {
         queues,
         offloads: tun.offloads,
+        memory,
     }))
 }

@@ -1,5 +1,6 @@
 //! Sockets, threads, clocks: the shell around the pure modules.
 
+mod memory;
 pub mod nat64;
 mod resolver;
 pub mod service;

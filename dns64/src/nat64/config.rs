@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6},
     ops::RangeInclusive,
     str::FromStr,
 };
@@ -13,7 +13,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
 use settings::{At, Cidr, Fault, Faults, Need, What, string_schema};
 
-use super::{Map, MapError, Maps, Settings, Stateless};
+use super::{
+    Map, MapError, Maps, Settings, Stateless,
+    state::{self, Fixed, Lifetimes, Policy, PoolRange, Protocol, Table},
+};
 use crate::Pref64;
 
 /// Who reports when nothing better is configured: an address that is nobody's (RFC 7600 §4.8, RFC 8155).
@@ -40,15 +43,36 @@ pub struct Config {
     /// IPv4 addresses and ports that sessions are seen under, with mode = "stateful".
     #[serde(default)]
     pub pool: Vec<At<Pool>>,
-    /// IPv6 networks that may open sessions, with mode = "stateful". Default: all.
+    /// IPv6 networks that may open sessions; needed with mode = "stateful".
     #[serde(default)]
     pub clients: Vec<At<Cidr>>,
     /// Whose packets reach a port that a session uses, with mode = "stateful". Default: "endpoint-independent".
     #[serde(default)]
     pub filtering: Filtering,
-    /// Whether a packet from IPv4 may open a session to a port that another one uses, with mode = "stateful". Default: false.
+    /// Whether TCP connections and pings may begin in IPv4, towards a port that a session uses, with mode = "stateful".
+    /// Default: false.
     #[serde(default)]
     pub inbound_new: bool,
+    /// Ports of the pool's addresses that are always one host's, for connections that begin in IPv4, with
+    /// mode = "stateful". Default: none.
+    #[serde(default)]
+    pub static_bindings: Vec<At<StaticBinding>>,
+    /// Sessions, and as many bindings, that there may be at once, 1024 to 8388608. Takes effect when edged starts.
+    /// Default: 262144.
+    #[serde(default = "usual_sessions")]
+    pub max_sessions: At<u32>,
+    /// How many leading bits of an IPv6 address make a host, for the limits below, 32 to 128. Default: 128.
+    #[serde(default = "usual_host_bits")]
+    pub host_prefix_length: At<u8>,
+    /// Bindings that a host may have of each protocol. Default: an eighth of the pool's ports, at least 64.
+    #[serde(default)]
+    pub bindings_per_host: Option<At<u32>>,
+    /// Sessions that a host may have. Default: an eighth of `max_sessions`.
+    #[serde(default)]
+    pub sessions_per_host: Option<At<u32>>,
+    /// Sessions that a host may begin per second; ten times as many at once after a rest. Default: 1000.
+    #[serde(default = "usual_rate")]
+    pub new_sessions_per_second: At<u32>,
     /// Private IPv4 networks that may be reached all the same, with mode = "stateful". Default: none.
     #[serde(default)]
     pub allow_private: Vec<At<Cidr>>,
@@ -92,6 +116,16 @@ pub enum Mode {
     Stateful,
     /// Address by address (RFC 7915).
     Stateless,
+}
+
+impl Mode {
+    /// As it is written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stateful => "stateful",
+            Self::Stateless => "stateless",
+        }
+    }
 }
 
 /// What becomes of UDP over IPv4 without a checksum.
@@ -148,6 +182,28 @@ pub struct Pool {
     /// Ports, "FIRST-LAST" or one. Default: "61001-65535".
     #[serde(default)]
     pub ports: PortRange,
+}
+
+/// A port that is always one host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StaticBinding {
+    /// "tcp" or "udp".
+    pub protocol: Transport,
+    /// As what it is seen: an address of the pool and any port of it.
+    pub ipv4: SocketAddrV4,
+    /// The host, and its port.
+    pub ipv6: SocketAddrV6,
+}
+
+/// What has ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 /// Ports from the first to the last.
@@ -209,6 +265,46 @@ impl Config {
         })
     }
 
+    /// What sessions keep to, with mode = "stateful"; `own` are the machine's IPv4 addresses, which hosts do not reach.
+    pub fn policy(&self, own: Vec<Ipv4Addr>) -> Option<Policy> {
+        let prefix = self.prefix().filter(|_| self.mode.value == Mode::Stateful)?;
+        let pool: Vec<PoolRange> = self
+            .pool
+            .iter()
+            .map(|at| PoolRange {
+                address: at.address,
+                ports: at.ports.range(),
+            })
+            .collect();
+        let ports: usize = pool.iter().map(|range| range.ports.len()).sum();
+        let ports = u32::try_from(ports).unwrap_or(u32::MAX);
+        let or = |given: &Option<At<u32>>, usual: u32| given.as_ref().map_or(usual, |at| at.value);
+        Some(Policy {
+            prefix,
+            pool,
+            fixed: self.static_bindings.iter().map(|at| at.fixed()).collect(),
+            clients: self.clients.iter().filter_map(|at| v6(at.net())).collect(),
+            filtering: match self.filtering {
+                Filtering::EndpointIndependent => state::Filtering::EndpointIndependent,
+                Filtering::AddressDependent => state::Filtering::AddressDependent,
+            },
+            inbound_new: self.inbound_new,
+            denied: own.into_iter().map(Ipv4Net::from).collect(),
+            allow_private: self.allow_private.iter().filter_map(|at| v4(at.net())).collect(),
+            reporter_v6: self
+                .reporter_v6
+                .as_ref()
+                .map(|at| at.value)
+                .or(self.address_v6())
+                .unwrap_or(Ipv6Addr::UNSPECIFIED),
+            host_bits: self.host_prefix_length.value,
+            bindings_per_host: or(&self.bindings_per_host, (ports / 8).max(64)),
+            sessions_per_host: or(&self.sessions_per_host, (self.max_sessions.value / 8).max(1)),
+            new_per_second: self.new_sessions_per_second.value,
+            lifetimes: Lifetimes::default(),
+        })
+    }
+
     /// The prefix, if there is one.
     pub fn prefix(&self) -> Option<Pref64> {
         match self.prefix.value {
@@ -234,11 +330,13 @@ impl Config {
 
     /// What the supervisor is asked to open. As many `threads` translate.
     pub fn needs(&self, threads: u16) -> Vec<Need> {
+        let sessions = self.max_sessions.value as usize;
         vec![Need {
             what: What::Tun {
                 name: self.device().to_owned(),
                 queues: threads,
                 routes: self.routes(),
+                memory: 8 * Table::words(sessions, sessions) as u64,
             },
             key: "nat64.device".into(),
             span: self.device.span.clone(),
@@ -248,13 +346,6 @@ impl Config {
     /// Checks what parsing cannot see.
     pub fn check(&self) -> Vec<Fault> {
         let mut faults = Faults::default();
-        if self.mode.value == Mode::Stateful {
-            faults.error(
-                &self.mode,
-                "mode = \"stateful\" of [nat64] is not there yet: this release translates without sessions only",
-                "write mode = \"stateless\" with an IPv4 address for each IPv6 address in maps, or remove [nat64]",
-            );
-        }
         if self.prefix.value == Prefix::None && self.mode.value == Mode::Stateful {
             faults.error(
                 &self.prefix,
@@ -298,6 +389,7 @@ impl Config {
                 );
             }
         }
+        self.check_sessions(&mut faults);
         for at in &self.clients {
             if matches!(at.net(), IpNet::V4(_)) {
                 faults.error(
@@ -317,6 +409,89 @@ impl Config {
             }
         }
         faults.sorted()
+    }
+
+    fn check_sessions(&self, faults: &mut Faults) {
+        for (at, least, most) in [
+            (Some(&self.max_sessions), 1024, 8_388_608),
+            (Some(&self.new_sessions_per_second), 1, 10_000_000),
+            (self.bindings_per_host.as_ref(), 1, u32::MAX),
+            (self.sessions_per_host.as_ref(), 1, u32::MAX),
+        ] {
+            if let Some(at) = at.filter(|at| !(least..=most).contains(&at.value)) {
+                faults.error(
+                    at,
+                    format!("{} is out of range", at.value),
+                    format!("write {least} to {most}"),
+                );
+            }
+        }
+        if !(32..=128).contains(&self.host_prefix_length.value) {
+            faults.error(
+                &self.host_prefix_length,
+                format!("{} bits make no host", self.host_prefix_length.value),
+                "write 128 if each address is a host, 64 if each network is one",
+            );
+        }
+        if self.mode.value == Mode::Stateless {
+            return;
+        }
+        if self.pool.is_empty() {
+            faults.error(
+                &self.mode,
+                "mode = \"stateful\" needs an IPv4 address under which sessions are seen",
+                "write pool = [{ address = \"203.0.113.7\", ports = \"1024-65535\" }] with an address that is routed to this machine",
+            );
+        }
+        if self.clients.is_empty() {
+            faults.error(
+                &self.mode,
+                "without clients nobody may open a session, and with everybody this machine would hide the whole internet",
+                "write clients = [\"2001:db8:1::/48\"] with the nodes' IPv6 networks",
+            );
+        }
+        if let Some(at) = self.maps.first() {
+            faults.warn(
+                at,
+                "mode = \"stateful\" does not look at maps",
+                "write static_bindings for services of hosts, or mode = \"stateless\"",
+            );
+        }
+        let mut seen: Vec<Fixed> = Vec::new();
+        for at in &self.static_bindings {
+            let fixed = at.fixed();
+            if !self.pool.iter().any(|pool| pool.address == fixed.v4.0) {
+                faults.error(
+                    at,
+                    format!("{} is no address of the pool", fixed.v4.0),
+                    "write one of the pool's addresses",
+                );
+            }
+            let taken =
+                |other: &Fixed| other.protocol == fixed.protocol && (other.v4 == fixed.v4 || other.v6 == fixed.v6);
+            if seen.iter().any(taken) {
+                faults.error(
+                    at,
+                    "another static binding has that port, or is of that host's port",
+                    "leave one of them out",
+                );
+            }
+            seen.push(fixed);
+        }
+        for at in &self.allow_private {
+            let hidden =
+                v4(at.net()).is_some_and(|net| self.prefix().is_some_and(|prefix| !prefix.may_embed(net.addr())));
+            if hidden {
+                faults.error(
+                    at,
+                    format!(
+                        "{} must not appear under 64:ff9b::/96, which is for global addresses only",
+                        at.value
+                    ),
+                    "write a prefix of your own, such as prefix = \"64:ff9b:1::/96\"",
+                );
+            }
+        }
     }
 
     fn check_maps(&self, faults: &mut Faults) {
@@ -387,6 +562,33 @@ impl MapEntry {
     }
 }
 
+impl StaticBinding {
+    fn fixed(&self) -> Fixed {
+        Fixed {
+            protocol: match self.protocol {
+                Transport::Tcp => Protocol::Tcp,
+                Transport::Udp => Protocol::Udp,
+            },
+            v4: (*self.ipv4.ip(), self.ipv4.port()),
+            v6: (*self.ipv6.ip(), self.ipv6.port()),
+        }
+    }
+}
+
+fn v4(net: IpNet) -> Option<Ipv4Net> {
+    match net {
+        IpNet::V4(net) => Some(net),
+        IpNet::V6(_) => None,
+    }
+}
+
+fn v6(net: IpNet) -> Option<Ipv6Net> {
+    match net {
+        IpNet::V6(net) => Some(net),
+        IpNet::V4(_) => None,
+    }
+}
+
 impl PortRange {
     /// All of it.
     pub const fn range(self) -> RangeInclusive<u16> {
@@ -406,6 +608,18 @@ impl Default for PortRange {
             last: 65_535,
         }
     }
+}
+
+const fn usual_sessions() -> At<u32> {
+    At::unwritten(262_144)
+}
+
+const fn usual_host_bits() -> At<u8> {
+    At::unwritten(128)
+}
+
+const fn usual_rate() -> At<u32> {
+    At::unwritten(1000)
 }
 
 const fn yes() -> bool {

@@ -186,6 +186,21 @@ struct Part {
 /// Where a piece belongs among others: behind this one, or at the head.
 struct Spot(Place);
 
+/// Whether a packet may be a fragment; all others have nothing to do with [`Fragments`]. IPv6 packets with extension headers,
+/// which are few, count as such.
+pub fn is_fragment(packet: &[u8]) -> bool {
+    match packet.first().map(|first| first >> 4) {
+        Some(4) => word(packet, 6).is_some_and(|flags| flags & 0x3fff != 0),
+        Some(6) => packet.get(6).is_some_and(|next| {
+            matches!(
+                *next,
+                protocol::HOP_BY_HOP | protocol::ROUTING | protocol::FRAGMENT | protocol::DESTINATION
+            )
+        }),
+        _ => false,
+    }
+}
+
 impl Fragments {
     /// With all of its memory. Whoever does not know the secret `seed` cannot aim at one source's share of it.
     pub fn new(limits: FragmentLimits, seed: [u64; 2]) -> Self {

@@ -38,11 +38,11 @@ pub mod vnet;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-pub use config::Config;
+pub use config::{Config, Mode};
 pub use eam::{Map, MapError, Maps};
 pub use error::{DropReason, Problem, Refusal};
 pub use flow::{Ends, Flow, Ports};
-pub use fragments::{Fate, FragmentLimits, Fragments};
+pub use fragments::{Fate, FragmentLimits, Fragments, is_fragment};
 pub use ip::Fragment;
 pub use limit::Limit;
 pub use map::{Exit, Mapper, Quotation, Stateless};

@@ -1,8 +1,13 @@
 //! What the translator tells about itself; the shapes that `edgectl --output json` prints.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddrV4, SocketAddrV6},
+};
 
 use serde::{Deserialize, Serialize};
+
+use super::state::{Counts, SessionView};
 
 /// What may be asked of a running translator.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -10,6 +15,13 @@ use serde::{Deserialize, Serialize};
 pub enum Request {
     /// Device and counters: [`Answer::Status`].
     Status,
+    /// Sessions from a number on: [`Answer::Sessions`].
+    Sessions {
+        /// 0, or what the answer before named.
+        from: u32,
+        /// Numbers to look at, at most 10,000.
+        most: u32,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -18,12 +30,19 @@ pub enum Request {
 pub enum Answer {
     /// To [`Request::Status`].
     Status(Box<Status>),
+    /// To [`Request::Sessions`].
+    Sessions {
+        /// Those that there are.
+        sessions: Vec<SessionStatus>,
+        /// Where to go on, if there may be more.
+        next: Option<u32>,
+    },
 }
 
 /// The translator at a glance. Counters begin at zero with each start of its worker.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// `stateless`.
+    /// `stateful` or `stateless`.
     pub mode: String,
     /// The prefix; `None` if there are maps only.
     pub prefix: Option<String>,
@@ -43,8 +62,93 @@ pub struct Status {
     pub super_packets: u64,
     /// Packets that the device did not take.
     pub unsent: u64,
+    /// Bindings and sessions, with mode = "stateful".
+    #[serde(default)]
+    pub state: Option<StateStatus>,
+    /// Ports that hosts can still get, by address and protocol.
+    #[serde(default)]
+    pub pool: Vec<PortStatus>,
     /// Packets that did not go on, by reason; every reason is there.
     pub dropped: BTreeMap<String, u64>,
+}
+
+/// Bindings and sessions in numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateStatus {
+    /// Bindings that there are.
+    pub bindings: u64,
+    /// Sessions that there are.
+    pub sessions: u64,
+    /// Hosts that have ports, or had until a short while ago.
+    pub hosts: u64,
+    /// Bindings made since the worker's start.
+    pub bindings_made: u64,
+    /// Sessions made since the worker's start.
+    pub sessions_made: u64,
+}
+
+impl From<Counts> for StateStatus {
+    fn from(counts: Counts) -> Self {
+        let Counts {
+            bindings,
+            sessions,
+            hosts,
+            bindings_made,
+            sessions_made,
+        } = counts;
+        Self {
+            bindings,
+            sessions,
+            hosts,
+            bindings_made,
+            sessions_made,
+        }
+    }
+}
+
+/// Ports of a pool address.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortStatus {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// `tcp`, `udp` or `icmp`.
+    pub protocol: String,
+    /// Ports in blocks that no host has.
+    pub free: u64,
+    /// Ports that there are.
+    pub all: u64,
+}
+
+/// A session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// `tcp`, `udp` or `icmp`.
+    pub protocol: String,
+    /// The host; the port is an identifier for ICMP.
+    pub host: SocketAddrV6,
+    /// As what it is seen.
+    pub seen_as: SocketAddrV4,
+    /// With whom it speaks.
+    pub remote: SocketAddrV4,
+    /// For TCP.
+    pub state: Option<String>,
+    /// Seconds until it ends, if nothing comes.
+    pub left: u64,
+}
+
+impl SessionStatus {
+    /// Of a session.
+    pub fn of(session: &SessionView) -> Self {
+        let binding = &session.binding;
+        Self {
+            protocol: binding.protocol.as_str().into(),
+            host: SocketAddrV6::new(binding.v6.0, binding.v6.1, 0, 0),
+            seen_as: SocketAddrV4::new(binding.v4.0, binding.v4.1),
+            remote: SocketAddrV4::new(session.remote.0, session.remote.1),
+            state: session.state.map(|state| state.as_str().into()),
+            left: session.left / 1000,
+        }
+    }
 }
 
 /// One version's packets.

@@ -4,7 +4,7 @@
 //! balancer      start the new one and join both by a socket pair -> the old one hands over -> the new one is ready
 //! resolver      start the new one on the same sockets, tell it what the old one has kept -> it is ready and answers, but takes
 //!               no update -> the old one finishes its own and ends -> the zones are the new one's
-//! translator    start the new one on the same queues -> it is ready -> stop the old one; so long both take packets
+//! translator    start the new one on the same queues and memory -> it is ready -> the old one ends -> the sessions are the new one's
 //! metrics page  start the new one on the same listeners -> it is ready -> stop the old one
 //! ```
 //! Until the new one is ready the old one is the worker, and whatever goes wrong ends the new one only. What both ends of a
@@ -146,8 +146,9 @@ impl Actor {
             return;
         };
         let how = match said {
-            Ok(Some(FromWorker::Ready)) if self.role == Role::Dns64 => {
-                // Its updates are on their way to the disk, and must be known there before the next one is looked at.
+            Ok(Some(FromWorker::Ready)) if matches!(self.role, Role::Dns64 | Role::Nat64) => {
+                // Its updates are on their way to the disk, and must be known there before the next one is looked at; and two
+                // must not write to one table of sessions.
                 process.say(ToWorker::Stop { grace_ms: LAST_ANSWERS }, Vec::new());
                 successor.waits = true;
                 successor.until = Instant::now() + Duration::from_millis(LAST_ANSWERS) + FAREWELL;

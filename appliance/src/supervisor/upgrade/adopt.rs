@@ -139,6 +139,7 @@ async fn adopt(
             queues: queues?,
             offloads: tun.offloads,
             routes: tun.routes.clone(),
+            memory: carried.copy(tun.memory).map(Arc::new)?,
         };
         tuns.insert(tun.name.clone(), held);
     }

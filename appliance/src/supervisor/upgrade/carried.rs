@@ -73,6 +73,7 @@ pub(super) struct Tun {
     pub(super) queues: Vec<RawFd>,
     pub(super) offloads: Offloads,
     pub(super) routes: BTreeSet<IpNet>,
+    pub(super) memory: RawFd,
 }
 
 /// A worker that runs.
@@ -147,7 +148,10 @@ impl Carried {
     /// Every descriptor it names.
     pub(super) fn descriptors(&self) -> Vec<RawFd> {
         let listeners = self.listeners.iter().flat_map(|(_, copies)| copies.iter().copied());
-        let queues = self.tuns.iter().flat_map(|tun| tun.queues.iter().copied());
+        let queues = self
+            .tuns
+            .iter()
+            .flat_map(|tun| tun.queues.iter().copied().chain([tun.memory]));
         let workers = self.workers.iter().map(|worker| worker.channel);
         [self.lock, self.control]
             .into_iter()
@@ -278,6 +282,7 @@ mod tests {
                 queues: vec![number(6)],
                 offloads: Offloads::default(),
                 routes: ["64:ff9b::/96".parse().expect("a network")].into(),
+                memory: number(5),
             }],
             workers: vec![Worker {
                 role: Role::Lb,

@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use super::{
@@ -13,11 +13,11 @@ use super::{
 use crate::nat64::{DropReason, Ends, Exit, Flow, Mapper, Ports, Problem, Quotation, Refusal, ip::protocol};
 
 /// One thread's view of a table that all threads share, at a time.
-#[derive(Debug)]
-pub struct Stateful<'a> {
-    table: &'a Mutex<Table>,
+#[derive(Clone, Debug)]
+pub struct Stateful {
+    table: Arc<Mutex<Table>>,
     /// In milliseconds, see [`super`].
-    pub now: u64,
+    now: u64,
 }
 
 /// What a packet asks for, and by which port of the host, and of the other end.
@@ -28,20 +28,36 @@ struct Question {
     remote: u16,
 }
 
-impl<'a> Stateful<'a> {
-    /// Of that table.
-    pub const fn new(table: &'a Mutex<Table>, now: u64) -> Self {
+impl Stateful {
+    /// Of that table, at the time `now`.
+    pub const fn new(table: Arc<Mutex<Table>>, now: u64) -> Self {
         Self { table, now }
     }
 
-    fn table(&self) -> MutexGuard<'a, Table> {
+    fn table(&self) -> MutexGuard<'_, Table> {
         // A panic with the lock held ends the process.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Mapper for Stateful<'_> {
+impl Mapper for Stateful {
+    fn tick(&mut self, now: u64) {
+        self.now = now;
+    }
+
+    fn knows_v4(&self, flow: &Flow<Ipv4Addr>) -> bool {
+        let ours = |question: Question| (flow.ends.destination, question.host);
+        from_v4(flow).is_ok_and(|question| self.table().is_bound(question.asked.protocol, ours(question)))
+    }
+
+    fn knows_v6(&self, flow: &Flow<Ipv6Addr>) -> bool {
+        let table = self.table();
+        let policy = table.policy();
+        policy.is_client(flow.ends.source) && policy.prefix.contains(flow.ends.destination)
+    }
+
     fn to_v4(&mut self, flow: &Flow<Ipv6Addr>) -> Result<Exit<Ends<Ipv4Addr>, Ends<Ipv6Addr>>, Refusal> {
+        let now = self.now;
         let mut table = self.table();
         let prefix = table.policy().prefix;
         let Some(destination) = prefix.extract(flow.ends.destination) else {
@@ -49,7 +65,7 @@ impl Mapper for Stateful<'_> {
         };
         let question = from_v6(flow)?;
         let remote = (destination, question.remote);
-        let (address, port) = table.outbound(self.now, question.asked, (flow.ends.source, question.host), remote)?;
+        let (address, port) = table.outbound(now, question.asked, (flow.ends.source, question.host), remote)?;
         if !table.is_ours(destination) {
             return Ok(Exit::V4(Ends {
                 source: address,
@@ -64,7 +80,7 @@ impl Mapper for Stateful<'_> {
             _ => question,
         };
         let ours = (destination, question.remote);
-        let (host, host_port) = table.inbound(self.now, question.asked, ours, (address, port), true)?;
+        let (host, host_port) = table.inbound(now, question.asked, ours, (address, port), true)?;
         Ok(Exit::V6(Ends {
             source: prefix.embed(address),
             destination: host,
@@ -76,6 +92,7 @@ impl Mapper for Stateful<'_> {
     }
 
     fn to_v6(&mut self, flow: &Flow<Ipv4Addr>) -> Result<Ends<Ipv6Addr>, Refusal> {
+        let now = self.now;
         let mut table = self.table();
         if !table.is_ours(flow.ends.destination) {
             return Err(DropReason::NotMapped.into());
@@ -83,7 +100,7 @@ impl Mapper for Stateful<'_> {
         let question = from_v4(flow)?;
         let ours = (flow.ends.destination, question.host);
         let remote = (flow.ends.source, question.remote);
-        let (host, port) = table.inbound(self.now, question.asked, ours, remote, false)?;
+        let (host, port) = table.inbound(now, question.asked, ours, remote, false)?;
         Ok(Ends {
             source: table.policy().prefix.embed(flow.ends.source),
             destination: host,

@@ -10,6 +10,7 @@
 mod index;
 mod mapper;
 mod ports;
+pub mod probe;
 mod records;
 mod table;
 mod tcp;
@@ -146,6 +147,11 @@ impl Default for Lifetimes {
 }
 
 impl Policy {
+    /// Whether an address may use the translator.
+    fn is_client(&self, address: Ipv6Addr) -> bool {
+        self.clients.iter().any(|net| net.contains(&address))
+    }
+
     /// Whether hosts may speak to `address`.
     fn allows(&self, address: Ipv4Addr) -> bool {
         let within = |nets: &[Ipv4Net]| nets.iter().any(|net| net.contains(&address));

@@ -152,6 +152,11 @@ impl Table {
         records::words(bindings, sessions)
     }
 
+    /// How many sessions, and as many bindings, so many words are enough for.
+    pub const fn fits(words: usize) -> usize {
+        words.saturating_sub(Self::words(0, 0)) / (Self::words(1, 1) - Self::words(0, 0))
+    }
+
     /// What there is.
     pub const fn counts(&self) -> Counts {
         self.counts
@@ -171,6 +176,16 @@ impl Table {
     /// Whether an address is of the pool.
     pub fn is_ours(&self, address: Ipv4Addr) -> bool {
         self.pool.find(address).is_some()
+    }
+
+    /// Whether a port of ours is some host's.
+    pub(super) fn is_bound(&self, protocol: Protocol, ours: (Ipv4Addr, u16)) -> bool {
+        self.binding_at(protocol, ours).is_some()
+    }
+
+    /// The addresses of the pool.
+    pub fn addresses(&self) -> &[Ipv4Addr] {
+        self.pool.addresses()
     }
 
     /// What a packet from a host is seen as (RFC 6146 §3.5.1 to §3.5.3), whose session it makes or renews.
@@ -197,7 +212,7 @@ impl Table {
         } else if !asked.begins {
             return Err(DropReason::NoSession.into());
         }
-        if !self.policy.clients.iter().any(|net| net.contains(&host.0)) {
+        if !self.policy.is_client(host.0) {
             return Err(DropReason::NotClient.into());
         }
         // RFC 6146 §3.5: such a packet would come back for ever.
@@ -408,7 +423,7 @@ impl Table {
         let known = match own {
             // Another host's, or another port's: the fixed one goes before.
             Some(fixed) => (fixed.v4, fixed.v6) == (binding.v4, binding.v6),
-            None => self.policy.clients.iter().any(|net| net.contains(&binding.v6.0)),
+            None => self.policy.is_client(binding.v6.0),
         };
         let known = known
             && self.binding_of(binding.protocol, binding.v6).is_none()

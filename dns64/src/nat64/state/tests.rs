@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{Ipv4Addr, Ipv6Addr},
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
@@ -35,7 +35,7 @@ const MINUTE: u64 = 60 * SECOND;
 
 /// A translator without packets.
 struct World {
-    table: Mutex<Table>,
+    table: Arc<Mutex<Table>>,
     memory: &'static [AtomicU64],
     bindings: usize,
     sessions: usize,
@@ -85,7 +85,7 @@ impl World {
         let now = 5 * MINUTE;
         let table = Table::new(policy, memory, bindings, sessions, [1, 2], now).expect("room");
         Self {
-            table: Mutex::new(table),
+            table: Arc::new(Mutex::new(table)),
             memory,
             bindings,
             sessions,
@@ -97,13 +97,13 @@ impl World {
     fn again(&self, policy: Policy) -> Self {
         let table = Table::new(policy, self.memory, self.bindings, self.sessions, [3, 4], self.now).expect("room");
         Self {
-            table: Mutex::new(table),
+            table: Arc::new(Mutex::new(table)),
             ..*self
         }
     }
 
-    fn mapper(&self) -> Stateful<'_> {
-        Stateful::new(&self.table, self.now)
+    fn mapper(&self) -> Stateful {
+        Stateful::new(Arc::clone(&self.table), self.now)
     }
 
     fn prefix(&self) -> Pref64 {
@@ -946,7 +946,7 @@ fn memory_that_lost_any_one_word_is_taken_over_without_a_port_twice_or_a_session
         torn[cut].store(0, Relaxed);
         let table = Table::new(policy(), torn, 64, 64, [9, round], world.now).expect("room");
         let mut next = World {
-            table: Mutex::new(table),
+            table: Arc::new(Mutex::new(table)),
             memory: torn,
             bindings: 64,
             sessions: 64,
@@ -984,7 +984,7 @@ fn whatever_memory_holds_is_taken_over_without_harm() {
         }
         let table = Table::new(policy(), memory, 32, 32, [1, round], 1000).expect("room");
         let world = World {
-            table: Mutex::new(table),
+            table: Arc::new(Mutex::new(table)),
             memory,
             bindings: 32,
             sessions: 32,
