@@ -592,6 +592,19 @@ fn rfc1812_section_4_3_2_8_errors_are_not_sent_when_they_are_switched_off() {
 }
 
 #[test]
+fn rfc6864_section_4_1_errors_that_are_made_here_have_a_number_each() {
+    let translator = translator(|_| {});
+    let sent = with(to_host(17, &udp(4)), 8, &[1]);
+    let numbers: std::collections::HashSet<[u8; 2]> = (0..1000)
+        .map(|_| {
+            let got = run(&sent, |packet| translator.v4(&mut mapper(), packet)).replied();
+            [got[4], got[5]]
+        })
+        .collect();
+    assert_eq!(numbers.len(), 1000);
+}
+
+#[test]
 fn rfc6791_section_3_a_router_without_an_address_in_ipv4_reports_from_the_pool() {
     let quoted = v6(SERVER_V6, HOST_V6, 17, &udp(9));
     let report = |router: &str, stateless: &mut Stateless| {
@@ -1013,6 +1026,10 @@ fn rfc2923_section_2_1_syn_names_a_segment_size_that_both_sides_carry_if_asked_t
         let got = v6_in(&summed(to_server(6, &segment)), set).forwarded();
         assert_eq!(got[42..44], u16::to_be_bytes(expected));
         assert_eq!(transport_sum(&got), 0xffff);
+        // What turns back to IPv6 is no longer than what IPv4 takes, either.
+        let got = v6_in(&summed(v6(HOST_V6, "2001:db8:1c6:3364:9::", 6, &segment)), set).forwarded();
+        assert_eq!(got[62..64], u16::to_be_bytes(expected));
+        assert_eq!((got[6], transport_sum(&got)), (6, 0xffff));
         // Wrong it stays, and as wrong.
         let wrong = with(to_server(6, &segment), 56, &[0x12, 0x34]);
         let got = v6_in(&wrong, set).forwarded();

@@ -4,7 +4,8 @@
 use std::{net::Ipv6Addr, num::NonZeroU16};
 
 use dns64::nat64::{
-    Fate, FragmentLimits, Fragments, HEADROOM, Map, Maps, Offload, Packet, Settings, Stateless, Translator, Verdict,
+    Fate, FragmentLimits, Fragments, HEADROOM, Map, Maps, Offload, Packet, Ports, Settings, Stateless, Translator,
+    Verdict,
 };
 
 const PREFIXES: [Option<&str>; 8] = [
@@ -116,7 +117,7 @@ enum Outcome {
 }
 
 impl Case {
-    fn translate(&self, packet: &[u8], offload: Offload, ports: dns64::nat64::Ports) -> Outcome {
+    fn translate(&self, packet: &[u8], offload: Offload, ports: Ports) -> Outcome {
         let mut buffer = vec![0xa5; HEADROOM];
         buffer.extend(packet);
         let end = buffer.len();
@@ -141,7 +142,7 @@ impl Case {
         }
     }
 
-    fn check(&self, sent: &[u8], offload: Offload, ports: dns64::nat64::Ports) {
+    fn check(&self, sent: &[u8], offload: Offload, ports: Ports) {
         match self.translate(sent, offload, ports) {
             Outcome::Dropped => {}
             Outcome::Forwarded(all, left) => self.forwarded(sent, offload, &all, left),
@@ -225,12 +226,11 @@ impl Case {
         }
         self.assert_same(&before, &whole);
         // And back, if it goes back: payload, ports and checksum are what they were.
-        if let [one] = all {
-            if let Outcome::Forwarded(back, _) = self.translate(one, left, dns64::nat64::Ports::None)
-                && let [back] = &back[..]
-            {
-                self.assert_same(&whole, &Ip::of(back));
-            }
+        if let [one] = all
+            && let Outcome::Forwarded(back, _) = self.translate(one, left, Ports::None)
+            && let [back] = &back[..]
+        {
+            self.assert_same(&whole, &Ip::of(back));
         }
     }
 
