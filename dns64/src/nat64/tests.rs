@@ -224,6 +224,10 @@ fn rfc7915_section_5_1_1_an_extension_header_behind_the_fragment_is_refused() {
         let later = to_server(44, &fragment(next, 9, 8, true, &payload));
         assert_eq!(v6_in(&later, |_| {}), Seen::Drop(DropReason::ExtensionHeader));
     }
+    // Whatever a fragment of a fragment is, it may be a later one of an error, about which nothing is said.
+    let nested = fragment(58, 9, 8, false, &[0; 16]);
+    let sent = to_server(44, &fragment(44, 9, 0, false, &nested));
+    assert_eq!(v6_in(&sent, |_| {}), Seen::Drop(DropReason::ExtensionHeader));
 }
 
 #[test]
