@@ -396,6 +396,58 @@ impl Page {
             self.family(name, "gauge", help);
             self.sample(name, &[], value);
         }
+        if let Some(state) = &nat64.state {
+            for (name, kind, help, value) in [
+                (
+                    "edge_nat64_sessions",
+                    "gauge",
+                    "Sessions that there are.",
+                    state.sessions,
+                ),
+                (
+                    "edge_nat64_bindings",
+                    "gauge",
+                    "Bindings that there are.",
+                    state.bindings,
+                ),
+                (
+                    "edge_nat64_hosts",
+                    "gauge",
+                    "Hosts that have ports, or had until a short while ago.",
+                    state.hosts,
+                ),
+                (
+                    "edge_nat64_sessions_made_total",
+                    "counter",
+                    "Sessions made since the worker's start.",
+                    state.sessions_made,
+                ),
+                (
+                    "edge_nat64_bindings_made_total",
+                    "counter",
+                    "Bindings made since the worker's start.",
+                    state.bindings_made,
+                ),
+            ] {
+                self.family(name, kind, help);
+                self.sample(name, &[], value);
+            }
+            for (name, help) in [
+                ("edge_nat64_pool_ports", "Ports of the pool."),
+                (
+                    "edge_nat64_pool_free_ports",
+                    "Ports of the pool in blocks that no host has.",
+                ),
+            ] {
+                self.family(name, "gauge", help);
+                for ports in &nat64.pool {
+                    let address = ports.address.to_string();
+                    let labels = [("address", address.as_str()), ("protocol", ports.protocol.as_str())];
+                    let free = name == "edge_nat64_pool_free_ports";
+                    self.sample(name, &labels, if free { ports.free } else { ports.all });
+                }
+            }
+        }
         let counters: [Counter<Side>; 6] = [
             (
                 "edge_nat64_received_packets_total",

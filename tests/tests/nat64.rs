@@ -62,8 +62,9 @@ impl Stage {
         let node = lab.node("edge", 10)?;
         let web = lab.node("web", 11)?;
         for (host, address) in [(&one, "10.0.0.2"), (&other, "10.0.0.3")] {
-            host.netns()
-                .ip(&format!("addr del {address}/24 dev eth0\nroute add default via fd00::10"))?;
+            host.netns().ip(&format!(
+                "addr del {address}/24 dev eth0\nroute add default via fd00::10"
+            ))?;
         }
         web.netns()
             .ip("addr del fd00::11/64 dev eth0\nroute add 192.0.2.0/24 via 10.0.0.10")?;
@@ -80,7 +81,9 @@ impl Stage {
             Ok(())
         })?;
         let file = web.file("bulk");
-        let octets: Vec<u8> = (0..BULK / 4).flat_map(|word| (word as u32).wrapping_mul(0x9e37_79b9).to_ne_bytes()).collect();
+        let octets: Vec<u8> = (0..BULK / 4)
+            .flat_map(|word| (word as u32).wrapping_mul(0x9e37_79b9).to_ne_bytes())
+            .collect();
         fs::write(&file, octets)?;
         let said = say(std::process::Command::new("md5sum").arg(&file), Duration::from_secs(30))?;
         let digest = said.out.split_whitespace().next().unwrap_or_default().to_owned();
@@ -125,7 +128,17 @@ impl Stage {
     fn curl(host: &Node, target: Ipv4Addr) -> Result<Said> {
         let mut curl = host.command("curl");
         let url = format!("http://[{}]/", Self::under(target));
-        curl.args(["-sS", "-g", "--max-time", "5", "-o", "/dev/null", "-w", "%{http_code}", &url]);
+        curl.args([
+            "-sS",
+            "-g",
+            "--max-time",
+            "5",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%{http_code}",
+            &url,
+        ]);
         say(&mut curl, Duration::from_secs(10))
     }
 
@@ -135,7 +148,9 @@ impl Stage {
 
     fn dropped(&self, reason: &str) -> Result<u64> {
         let drops = self.edge.json(&["nat64", "drops"])?;
-        drops["dropped"][reason].as_u64().with_context(|| format!("{reason} in {drops}"))
+        drops["dropped"][reason]
+            .as_u64()
+            .with_context(|| format!("{reason} in {drops}"))
     }
 
     fn sessions(&self) -> Result<u64> {
@@ -145,7 +160,10 @@ impl Stage {
 
     fn wait_for_octets(&self, least: u64) -> Result<()> {
         wait_until("the fetch is under way", PATIENCE, || {
-            let octets = self.status().ok().and_then(|status| status["ipv4"]["received_octets"].as_u64());
+            let octets = self
+                .status()
+                .ok()
+                .and_then(|status| status["ipv4"]["received_octets"].as_u64());
             octets.is_some_and(|octets| octets > least)
         })?;
         Ok(())
@@ -180,9 +198,17 @@ fn hosts_without_ipv4_fetch_and_ping_and_are_seen_as_the_pool_address() -> Resul
     let of = |protocol: &str| rows.iter().find(|row| row["protocol"] == protocol).cloned();
     let (tcp, icmp) = (of("tcp").context("tcp")?, of("icmp").context("icmp")?);
     assert_eq!(tcp["remote"], "10.0.0.11:80", "{sessions}");
-    assert!(tcp["host"].as_str().is_some_and(|host| host.starts_with("[fd00::2]:")), "{sessions}");
+    assert!(
+        tcp["host"].as_str().is_some_and(|host| host.starts_with("[fd00::2]:")),
+        "{sessions}"
+    );
     for row in [&tcp, &icmp] {
-        assert!(row["seen_as"].as_str().is_some_and(|seen| seen.starts_with("192.0.2.7:")), "{sessions}");
+        assert!(
+            row["seen_as"]
+                .as_str()
+                .is_some_and(|seen| seen.starts_with("192.0.2.7:")),
+            "{sessions}"
+        );
     }
     assert_eq!(tcp["state"], "both-fin", "{sessions}");
     let bindings = stage.edge.json(&["nat64", "bib"])?;
@@ -206,21 +232,31 @@ fn what_is_the_edges_own_or_private_is_refused_at_once_and_strangers_get_nothing
         let begin = Instant::now();
         let said = Stage::curl(&stage.one, forbidden.into())?;
         ensure!(said.code == Some(7), "not refused: {said}");
-        ensure!(begin.elapsed() < Duration::from_secs(4), "the host was not told: {said}");
+        ensure!(
+            begin.elapsed() < Duration::from_secs(4),
+            "the host was not told: {said}"
+        );
     }
     assert!(stage.dropped("forbidden")? >= 3);
     // From IPv4 nothing begins.
     let status = stage.status()?;
     let seen = stage.edge.json(&["nat64", "bib"])?["bindings"][0]["seen_as"].clone();
     let seen: SocketAddr = seen.as_str().context("a binding")?.parse()?;
-    let refused = stage.web.enter(|| std::net::TcpStream::connect_timeout(&seen, Duration::from_secs(1)));
+    let refused = stage
+        .web
+        .enter(|| std::net::TcpStream::connect_timeout(&seen, Duration::from_secs(1)));
     ensure!(refused.is_err(), "{status}");
     assert!(stage.dropped("unsolicited")? >= 1);
     // Who is no client is not heard.
-    stage.other.netns().ip("addr add fd00::77/64 dev eth0 nodad\nroute replace default via fd00::10 src fd00::77")?;
+    stage
+        .other
+        .netns()
+        .ip("addr add fd00::77/64 dev eth0 nodad\nroute replace default via fd00::10 src fd00::77")?;
     let stranger = stage.other.enter(|| UdpSocket::bind("[fd00::77]:0"))?;
     stranger.send_to(b"hello", (Stage::target(), 9))?;
-    wait_until("the stranger is counted", PATIENCE, || stage.dropped("not_client").is_ok_and(|count| count == 1))?;
+    wait_until("the stranger is counted", PATIENCE, || {
+        stage.dropped("not_client").is_ok_and(|count| count == 1)
+    })?;
     Ok(())
 }
 
@@ -239,13 +275,18 @@ fn datagrams_in_fragments_go_there_and_back_by_their_ports() -> Result<()> {
             let sent: Vec<u8> = (0..size).map(|octet| (octet % 253) as u8).collect();
             client.send_to(&sent, (Stage::target(), 7))?;
             let mut room = vec![0; 65_536];
-            let (length, from) = server.recv_from(&mut room).with_context(|| format!("{size} octets there"))?;
+            let (length, from) = server
+                .recv_from(&mut room)
+                .with_context(|| format!("{size} octets there"))?;
             assert_eq!(from.ip(), IpAddr::from(POOL));
             assert!(room[..length] == sent, "{size} octets there");
             // The first that is longer than IPv6 takes is lost, and the server told of the path's MTU.
             let mut back = None;
             wait_until(&format!("{size} octets come back"), PATIENCE, || {
-                back = server.send_to(&sent, from).ok().and_then(|_| client.recv_from(&mut room).ok());
+                back = server
+                    .send_to(&sent, from)
+                    .ok()
+                    .and_then(|_| client.recv_from(&mut room).ok());
                 back.is_some()
             })?;
             let (length, from) = back.context("an answer")?;
@@ -276,7 +317,9 @@ fn ten_thousand_flows_go_on_when_the_worker_is_killed() -> Result<()> {
             for (number, source) in sources.iter().enumerate() {
                 source.send_to(&[number as u8], (Stage::target(), 7000 + at as u16))?;
                 let mut room = [0; 8];
-                let Ok((_, from)) = server.recv_from(&mut room) else { continue };
+                let Ok((_, from)) = server.recv_from(&mut room) else {
+                    continue;
+                };
                 flows.insert((at, usize::from(room[0])), from);
             }
         }
@@ -289,7 +332,9 @@ fn ten_thousand_flows_go_on_when_the_worker_is_killed() -> Result<()> {
     let worker = stage.edge.worker("nat64")?;
     process::signal(worker, Signal::KILL)?;
     stage.edge.wait_for_new_worker("nat64", worker, PATIENCE)?;
-    wait_until("it has the sessions", PATIENCE, || stage.sessions().is_ok_and(|count| count == 10_000))?;
+    wait_until("it has the sessions", PATIENCE, || {
+        stage.sessions().is_ok_and(|count| count == 10_000)
+    })?;
     // The servers speak first: only who knows the sessions brings this to the hosts.
     let mut reached = 0;
     for ((at, number), seen) in &before {
@@ -315,14 +360,21 @@ fn connections_live_through_an_upgrade_and_through_another_configuration() -> Re
         stage.wait_for_octets(1 << 20)?;
         stage.edge.upgraded(&other)?;
         // Less than the pool was, but with the port that the connection has.
-        let said = stage.edge.apply(&CONFIG.replace("inbound_new", "").replace("clients", "new_sessions_per_second = 10\nclients"))?;
+        let said = stage.edge.apply(
+            &CONFIG
+                .replace("inbound_new", "")
+                .replace("clients", "new_sessions_per_second = 10\nclients"),
+        )?;
         ensure!(said.code == Some(0), "{said}");
         let worker = stage.edge.worker("nat64")?;
         process::signal(worker, Signal::KILL)?;
         stage.edge.wait_for_new_worker("nat64", worker, PATIENCE)?;
         fetch.join().expect("no panic")
     })?;
-    assert_eq!(stage.edge.json(&["nat64", "bib"])?["bindings"].as_array().map(Vec::len), Some(1));
+    assert_eq!(
+        stage.edge.json(&["nat64", "bib"])?["bindings"].as_array().map(Vec::len),
+        Some(1)
+    );
     Ok(())
 }
 
@@ -330,8 +382,16 @@ fn connections_live_through_an_upgrade_and_through_another_configuration() -> Re
 fn a_pool_that_cannot_work_is_refused_with_what_to_write() -> Result<()> {
     let stage = Stage::new()?;
     for (from, to, says) in [
-        ("192.0.2.7\", ports", "10.0.0.10\", ports", "is an address of this machine itself"),
-        ("clients = [\"fd00::2/127\"]", "", "without clients nobody may open a session"),
+        (
+            "192.0.2.7\", ports",
+            "10.0.0.10\", ports",
+            "is an address of this machine itself",
+        ),
+        (
+            "clients = [\"fd00::2/127\"]",
+            "",
+            "without clients nobody may open a session",
+        ),
         ("allow_private = [", "mode = \"stateful\"\nprefix_ = [", "unknown field"),
         ("2001:db8:64::/96", "64:ff9b::/96", "must not appear under 64:ff9b::/96"),
         ("1024-65535", "65535-1024", "is no range of ports"),
@@ -339,7 +399,11 @@ fn a_pool_that_cannot_work_is_refused_with_what_to_write() -> Result<()> {
         let said = stage.edge.apply(&CONFIG.replacen(from, to, 1))?;
         ensure!(said.code == Some(2) && said.err.contains(says), "{says}: {said}");
     }
-    assert_eq!(Stage::curl(&stage.one, [10, 0, 0, 11].into())?.out, "404", "it goes on as before");
+    assert_eq!(
+        Stage::curl(&stage.one, [10, 0, 0, 11].into())?.out,
+        "404",
+        "it goes on as before"
+    );
     Ok(())
 }
 

@@ -281,9 +281,15 @@ pub(super) fn is_source_v6(address: Ipv6Addr) -> bool {
     !(address.is_multicast() || address.is_unspecified() || address.is_loopback() || address.is_unicast_link_local())
 }
 
-/// Turns a packet into the ICMPv4 error that tells its sender of `problem`, from `own`; `None` if there must not be one
+/// Turns a packet into the ICMPv4 error that tells its sender of `problem`, from `own`, numbered by `id`; `None` if there must not be one
 /// (RFC 1812 §4.3.2.7), or there is none.
-pub(super) fn answer_v4(packet: &mut Packet<'_>, ip: &V4, problem: Problem, own: Ipv4Addr) -> Option<()> {
+pub(super) fn answer_v4(
+    packet: &mut Packet<'_>,
+    ip: &V4,
+    problem: Problem,
+    own: Ipv4Addr,
+    id: impl FnOnce() -> u16,
+) -> Option<()> {
     let transport = packet.bytes().get(ip.header..)?;
     let about_error = ip.protocol == protocol::ICMP && transport.first().is_none_or(|kind| icmp::is_error_v4(*kind));
     if about_error || ip.offset > 0 || !is_source_v4(ip.source) || !is_destination_v4(ip.destination) {
@@ -294,7 +300,8 @@ pub(super) fn answer_v4(packet: &mut Packet<'_>, ip: &V4, problem: Problem, own:
     let header = V4 {
         class: ERROR_CLASS_V4,
         total: u16::try_from(quoted + 28).ok()?,
-        id: 0,
+        // It may be fragmented, so that its number must not be another's (RFC 6864 §4.1).
+        id: id(),
         dont_fragment: false,
         more: false,
         offset: 0,

@@ -269,7 +269,8 @@ impl Fragments {
         }
     }
 
-    /// Packets that were held and never released: their first fragment did not come within 2 s, or others needed the room.
+    /// Fragments that were held and never released: the first of their packet did not come within 2 s, it was refused as a
+    /// whole, or others needed the room.
     pub fn lost(&self) -> u64 {
         self.lost
     }

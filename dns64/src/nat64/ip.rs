@@ -241,11 +241,15 @@ impl V6 {
             }
             let octets = if ip.protocol == FRAGMENT {
                 let flags = u16::from_be_bytes([third, fourth]);
-                ip.fragment.get_or_insert(Fragment {
+                let fragment = Fragment {
                     id: u32::from_be_bytes(*extension.get(4..8)?.first_chunk()?),
                     offset: flags & !7,
                     more: flags & 1 != 0,
-                });
+                };
+                // Of a fragment of a fragment, nobody knows the end of which packet it may be.
+                if ip.fragment.is_none() || fragment.offset > 0 {
+                    ip.fragment = Some(fragment);
+                }
                 8
             } else {
                 8 + usize::from(length) * 8

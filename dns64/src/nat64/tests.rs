@@ -224,6 +224,10 @@ fn rfc7915_section_5_1_1_an_extension_header_behind_the_fragment_is_refused() {
         let later = to_server(44, &fragment(next, 9, 8, true, &payload));
         assert_eq!(v6_in(&later, |_| {}), Seen::Drop(DropReason::ExtensionHeader));
     }
+    // Whatever a fragment of a fragment is, it may be a later one of an error, about which nothing is said.
+    let nested = fragment(58, 9, 8, false, &[0; 16]);
+    let sent = to_server(44, &fragment(44, 9, 0, false, &nested));
+    assert_eq!(v6_in(&sent, |_| {}), Seen::Drop(DropReason::ExtensionHeader));
 }
 
 #[test]
@@ -589,6 +593,19 @@ fn rfc1812_section_4_3_2_8_errors_are_not_sent_when_they_are_switched_off() {
     assert_eq!(v4_in(&sent, off), Seen::Drop(DropReason::HopLimit));
     let sent = with(to_server(17, &udp(4)), 7, &[1]);
     assert_eq!(v6_in(&sent, off), Seen::Drop(DropReason::HopLimit));
+}
+
+#[test]
+fn rfc6864_section_4_1_errors_that_are_made_here_have_a_number_each() {
+    let translator = translator(|_| {});
+    let sent = with(to_host(17, &udp(4)), 8, &[1]);
+    let numbers: std::collections::HashSet<[u8; 2]> = (0..1000)
+        .map(|_| {
+            let got = run(&sent, |packet| translator.v4(&mut mapper(), packet)).replied();
+            [got[4], got[5]]
+        })
+        .collect();
+    assert_eq!(numbers.len(), 1000);
 }
 
 #[test]
@@ -1013,6 +1030,10 @@ fn rfc2923_section_2_1_syn_names_a_segment_size_that_both_sides_carry_if_asked_t
         let got = v6_in(&summed(to_server(6, &segment)), set).forwarded();
         assert_eq!(got[42..44], u16::to_be_bytes(expected));
         assert_eq!(transport_sum(&got), 0xffff);
+        // What turns back to IPv6 is no longer than what IPv4 takes, either.
+        let got = v6_in(&summed(v6(HOST_V6, "2001:db8:1c6:3364:9::", 6, &segment)), set).forwarded();
+        assert_eq!(got[62..64], u16::to_be_bytes(expected));
+        assert_eq!((got[6], transport_sum(&got)), (6, 0xffff));
         // Wrong it stays, and as wrong.
         let wrong = with(to_server(6, &segment), 56, &[0x12, 0x34]);
         let got = v6_in(&wrong, set).forwarded();

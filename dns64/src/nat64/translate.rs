@@ -70,7 +70,10 @@ impl Translator {
             Err(refusal) => {
                 let refusal = mapper.judge(refusal, |mapper| mapper.knows_v4(&flow_v4(&packet, &ip)));
                 self.refused(refusal, packet, |packet, problem| {
-                    answer_v4(packet, &ip, problem, self.settings.address_v4)
+                    let own = self.settings.address_v4;
+                    answer_v4(packet, &ip, problem, own, || {
+                        self.idents.take(own, ip.source, protocol::ICMP, 1)
+                    })
                 })
             }
         }
@@ -306,6 +309,11 @@ impl Translator {
             Exit::V4(ends) => ends,
             Exit::V6(ends) => {
                 turn_back(packet, ip, &ends, first.then_some(from));
+                if first {
+                    let partial = packet.offload.partial;
+                    let transport = packet.bytes_mut().get_mut(ip.header..).unwrap_or_default();
+                    self.clamp_mss(transport, ip.protocol, partial);
+                }
                 return Ok(());
             }
         };
@@ -386,7 +394,7 @@ impl Translator {
         })
     }
 
-    /// What turns back to IPv6 has no need of this: its packets are no longer than before.
+    /// In what turns back to IPv6, too: what would not fit IPv4 does not get that far.
     fn clamp_mss(&self, transport: &mut [u8], protocol: u8, partial: bool) {
         let Settings {
             mtu_v4,

@@ -8,6 +8,7 @@ pub mod config;
 pub mod dns_query;
 pub mod dns_reply;
 pub mod dns_update;
+pub mod nat64;
 pub mod proxy_parse;
 pub mod snapshot;
 pub mod sni;
