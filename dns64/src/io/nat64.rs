@@ -79,7 +79,7 @@ pub async fn run(config: Box<Config>, device: Device, mut commands: mpsc::Receiv
                     let _ = done.send(service.reload(config, device).map_err(|error| error.to_string()));
                 }
                 Some(Command::Stop) => {
-                    service.threads.stop();
+                    let _ = service.threads.stop();
                     return Ok(());
                 }
                 None => return Ok(()),
@@ -116,17 +116,15 @@ impl Service {
 
     /// All of the new configuration, or nothing of it.
     fn reload(&mut self, config: Box<Config>, device: Option<Device>) -> Result<(), Error> {
-        let way = Arc::new(stateless(&config)?);
-        if let Some(device) = device {
-            let (queues, offloads) = (device.queues.len(), device.offloads);
-            let threads = start(&config, device.queues, &self.way)?;
-            let old = std::mem::replace(&mut self.threads, threads);
-            self.before = self.before.plus(old.counts());
-            old.stop();
-            (self.queues, self.offloads) = (queues, offloads);
-        }
-        self.way.store(way);
-        self.config = config;
+        let Some(device) = device else {
+            self.way.store(Arc::new(stateless(&config)?));
+            self.config = config;
+            return Ok(());
+        };
+        let Self {
+            threads: old, before, ..
+        } = std::mem::replace(self, Self::new(config, device)?);
+        self.before = before.plus(old.stop());
         Ok(())
     }
 

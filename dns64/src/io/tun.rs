@@ -25,7 +25,7 @@ use rustix::{
 };
 
 use crate::nat64::{
-    DropReason, HEADROOM, Limit, Mapper, Packet, Pieces, Translator, Verdict,
+    DropReason, HEADROOM, Limit, Mapper, Offload, Packet, Pieces, Translator, Verdict,
     status::{Offloads, Side},
     vnet::{self, Header},
 };
@@ -209,7 +209,8 @@ where
                 queue,
                 shared,
                 index,
-                buffer: vec![0; START + vnet::LENGTH + LONGEST].into(),
+                buffer: vec![0; HEADROOM + LONGEST].into(),
+                cut: vec![0; HEADROOM + LONGEST].into(),
                 counts: Counts::default(),
             };
             worker.run(&way);
@@ -226,8 +227,8 @@ where
 }
 
 impl Threads {
-    /// Ends all threads. Packets that they have taken from the device are sent on.
-    pub fn stop(self) {
+    /// Ends all threads; their counts to the last. Packets that they have taken from the device are sent on.
+    pub fn stop(self) -> Counts {
         self.shared.stop.store(true, Relaxed);
         // Its counter cannot be full: nobody else rings it.
         let _ = rustix::io::write(&self.shared.bell, &1_u64.to_ne_bytes());
@@ -235,6 +236,7 @@ impl Threads {
             // Had it panicked, its message would be in the log already.
             let _ = thread.join();
         }
+        sum(&self.shared)
     }
 
     /// Whether none of them has ended.
@@ -244,14 +246,18 @@ impl Threads {
 
     /// Counts of all threads together.
     pub fn counts(&self) -> Counts {
-        let mut sum = [0_u64; COUNTERS];
-        for counters in &self.shared.counters {
-            for (sum, counter) in sum.iter_mut().zip(&counters.0) {
-                *sum = sum.wrapping_add(counter.load(Relaxed));
-            }
-        }
-        Counts::from(sum)
+        sum(&self.shared)
     }
+}
+
+fn sum(shared: &Shared) -> Counts {
+    let mut sum = [0_u64; COUNTERS];
+    for counters in &shared.counters {
+        for (sum, counter) in sum.iter_mut().zip(&counters.0) {
+            *sum = sum.wrapping_add(counter.load(Relaxed));
+        }
+    }
+    Counts::from(sum)
 }
 
 /// One thread.
@@ -261,7 +267,38 @@ struct Worker {
     index: usize,
     /// One packet, with room in front of it.
     buffer: Box<[u8]>,
+    /// The same for what a super-packet is cut into.
+    cut: Box<[u8]>,
     counts: Counts,
+}
+
+/// What a packet meets on its way.
+struct Line<'a, M> {
+    queue: &'a OwnedFd,
+    shared: &'a Shared,
+    counts: &'a mut Counts,
+    translator: &'a Translator,
+    mapper: &'a mut M,
+}
+
+impl<M: Mapper> Line<'_, M> {
+    /// Translates the packet at [`HEADROOM`] of `buffer` and sends what became of it; `true` if it has to be cut first.
+    fn translate(&mut self, buffer: &mut [u8], end: usize, header: &Header, offload: Offload) -> bool {
+        let Some(packet) = Packet::new(buffer, HEADROOM..end, offload) else {
+            self.counts.drop(DropReason::Malformed);
+            return false;
+        };
+        match self.translator.translate(self.mapper, packet) {
+            Verdict::Forward(pieces) => send(self.queue, header, pieces, self.counts),
+            Verdict::Drop(DropReason::NeedsSegmentation) => return true,
+            Verdict::Drop(reason) => self.counts.drop(reason),
+            Verdict::Reply(reason, pieces) => {
+                self.counts.drop(reason);
+                answer(self.queue, self.shared, pieces, self.counts);
+            }
+        }
+        false
+    }
 }
 
 impl Worker {
@@ -314,6 +351,7 @@ impl Worker {
             queue,
             shared,
             buffer,
+            cut,
             counts,
             ..
         } = self;
@@ -329,16 +367,27 @@ impl Worker {
             Err(reason) => return counts.drop(reason),
         };
         counts.super_packets += u64::from(offload.segment.is_some());
-        let Some(packet) = Packet::new(buffer, HEADROOM..end, offload) else {
-            return counts.drop(DropReason::Malformed);
+        let mut line = Line {
+            queue,
+            shared,
+            counts,
+            translator,
+            mapper,
         };
-        match translator.translate(mapper, packet) {
-            Verdict::Forward(pieces) => send(queue, &header, pieces, counts),
-            Verdict::Drop(reason) => counts.drop(reason),
-            Verdict::Reply(reason, pieces) => {
-                counts.drop(reason);
-                answer(queue, shared, pieces, counts);
-            }
+        if !line.translate(buffer, end, &header, offload) {
+            return;
+        }
+        // Datagram by datagram: each is to be fragmented by itself.
+        let whole = buffer.get(HEADROOM..end).unwrap_or_default();
+        for number in 0.. {
+            let room = cut.get_mut(HEADROOM..).unwrap_or_default();
+            let Some(length) = vnet::datagram(whole, offload, number, room) else {
+                if number == 0 {
+                    line.counts.drop(DropReason::NeedsSegmentation);
+                }
+                return;
+            };
+            line.translate(cut, HEADROOM + length, &Header::default(), Offload::default());
         }
     }
 
@@ -512,7 +561,13 @@ fn microseconds() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        os::unix::net::UnixDatagram,
+        time::{Duration, Instant},
+    };
+
     use super::*;
+    use crate::nat64::{Settings, Stateless};
 
     #[test]
     fn counts_come_back_as_they_were_stored_and_add_up() {
@@ -529,5 +584,190 @@ mod tests {
             counts.drop(reason);
             assert_eq!(counts.dropped[number], 1, "{} has its own number", reason.as_str());
         }
+    }
+
+    const PREFIX: &str = "2001:db8:64::/96";
+
+    fn way(hops_matter: bool) -> Way<Stateless> {
+        let settings = Settings {
+            address_v4: [192, 0, 2, 64].into(),
+            address_v6: "2001:db8::64".parse().expect("an address"),
+            mtu_v4: 1500,
+            mtu_v6: 1500,
+            lowest_ipv6_mtu: 1280,
+            copy_class: true,
+            sum_udp: true,
+            answer: hops_matter,
+        };
+        let mapper = Stateless {
+            prefix: Some(PREFIX.parse().expect("a prefix")),
+            maps: crate::nat64::Maps::default(),
+            reporters_v4: Vec::new(),
+            reporter_v6: None,
+        };
+        Way {
+            translator: Translator::new(settings, [1, 2]),
+            mapper: Box::new(move |_| mapper.clone()),
+        }
+    }
+
+    /// A device without a kernel: what is written to the one end is read from the other, packet by packet.
+    fn stage(way: Way<Stateless>) -> (UnixDatagram, Threads, Arc<ArcSwap<Way<Stateless>>>) {
+        let (ours, theirs) = UnixDatagram::pair().expect("a pair");
+        theirs.set_nonblocking(true).expect("set");
+        ours.set_read_timeout(Some(Duration::from_secs(5))).expect("set");
+        let way = Arc::new(ArcSwap::from_pointee(way));
+        let threads = start(vec![Arc::new(theirs.into())], &way).expect("started");
+        (ours, threads, way)
+    }
+
+    /// IPv6 without anything that has a checksum, from one address under the prefix to another, behind an empty header.
+    fn packet(hops: u8) -> Vec<u8> {
+        let mut packet = vec![0; vnet::LENGTH];
+        packet.extend([0x60, 0, 0, 0, 0, 8, 253, hops]);
+        for last in [1, 2] {
+            let prefix: crate::Pref64 = PREFIX.parse().expect("a prefix");
+            packet.extend(prefix.embed([192, 0, 2, last].into()).octets());
+        }
+        packet.extend(*b"whatever");
+        packet
+    }
+
+    fn receive(socket: &UnixDatagram) -> Vec<u8> {
+        let mut room = vec![0; 70_000];
+        let length = socket.recv(&mut room).expect("a packet");
+        room.truncate(length);
+        room
+    }
+
+    fn until(what: &str, mut is: impl FnMut() -> bool) {
+        let late = Instant::now() + Duration::from_secs(5);
+        while !is() {
+            assert!(Instant::now() < late, "waited in vain: {what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_packet_becomes_one_of_the_other_version_and_is_counted() {
+        let (device, threads, _) = stage(way(true));
+        device.send(&packet(64)).expect("sent");
+        let got = receive(&device);
+        assert_eq!(got.len(), vnet::LENGTH + 28);
+        assert_eq!(got[..vnet::LENGTH], [0; vnet::LENGTH]);
+        let v4 = &got[vnet::LENGTH..];
+        assert_eq!(
+            (v4[0], v4[8], v4[9], &v4[12..20]),
+            (0x45, 63, 253, &[192, 0, 2, 1, 192, 0, 2, 2][..])
+        );
+        until("it is counted", || threads.counts().ipv4.sent == 1);
+        let counts = threads.counts();
+        assert_eq!((counts.ipv6.received, counts.ipv6.received_octets), (1, 48));
+        assert_eq!(counts.ipv4.sent_octets, 28);
+        assert!(threads.alive());
+        let begin = Instant::now();
+        let _ = threads.stop();
+        assert!(
+            begin.elapsed() < Duration::from_secs(1),
+            "an idle thread hears the bell"
+        );
+    }
+
+    #[test]
+    fn errors_are_sent_up_to_the_limit_and_the_others_counted() {
+        let (device, threads, _) = stage(way(true));
+        let all = 3 * Limit::BURST;
+        std::thread::scope(|scope| {
+            let answers = scope.spawn(|| {
+                device.set_read_timeout(Some(Duration::from_millis(500))).expect("set");
+                let mut room = [0; 2000];
+                let mut answers = 0;
+                while let Ok(length) = device.recv(&mut room) {
+                    // Time Exceeded in IPv6, from the translator itself.
+                    assert_eq!(
+                        (room[vnet::LENGTH] >> 4, room[vnet::LENGTH + 40], length > 58),
+                        (6, 3, true)
+                    );
+                    answers += 1;
+                }
+                answers
+            });
+            for _ in 0..all {
+                device.send(&packet(1)).expect("sent");
+            }
+            until("all are counted", || threads.counts().ipv6.received == all);
+            let answers: u64 = answers.join().expect("no panic");
+            let counts = threads.counts();
+            assert_eq!(counts.ipv6.errors, answers);
+            assert_eq!(counts.ipv6.errors + counts.ipv6.errors_limited, all);
+            assert!(
+                counts.ipv6.errors >= Limit::BURST && counts.ipv6.errors_limited > 0,
+                "{counts:?}"
+            );
+            assert_eq!(counts.dropped[DropReason::HopLimit as usize], all);
+        });
+        let _ = threads.stop();
+    }
+
+    #[test]
+    fn another_way_is_taken_from_the_next_batch_on() {
+        let (device, threads, ways) = stage(way(true));
+        device.send(&packet(1)).expect("sent");
+        receive(&device);
+        ways.store(Arc::new(way(false)));
+        // One batch may have begun before.
+        for _ in 0..2 {
+            device.send(&packet(1)).expect("sent");
+            until("it is counted", || threads.counts().ipv6.received >= 2);
+        }
+        until("all are counted", || threads.counts().ipv6.received == 3);
+        assert!(threads.counts().ipv6.errors <= 2);
+        let _ = threads.stop();
+    }
+
+    #[test]
+    fn datagrams_in_one_packet_that_have_to_be_fragmented_are_cut_first() {
+        let (device, threads, _) = stage(way(true));
+        let payload: Vec<u8> = (0..3000).map(|n: u32| (n % 251) as u8).collect();
+        // Two datagrams of 1400 octets and one of 200, over IPv4 that may be fragmented, checksum to be finished.
+        let mut super_packet = vec![1, 5];
+        for word in [28_u16, 1400, 20, 6] {
+            super_packet.extend(word.to_ne_bytes());
+        }
+        let total = u16::try_from(28 + payload.len()).expect("short");
+        let mut header = vec![0x45, 0];
+        header.extend(total.to_be_bytes());
+        header.extend([0, 7, 0, 0, 64, 17, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2]);
+        let sum: u32 = header
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+            .sum();
+        let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        header[10..12].copy_from_slice(&checksum.to_be_bytes());
+        super_packet.extend(header);
+        super_packet.extend([0x12, 0x34, 0, 53]);
+        super_packet.extend((total - 20).to_be_bytes());
+        super_packet.extend([0, 0]);
+        super_packet.extend(&payload);
+        device.send(&super_packet).expect("sent");
+        let mut seen: Vec<u8> = Vec::new();
+        let mut lengths = Vec::new();
+        for _ in 0..5 {
+            let got = receive(&device);
+            let v6 = &got[vnet::LENGTH..];
+            assert_eq!((v6[0] >> 4, &got[..vnet::LENGTH]), (6, &[0; vnet::LENGTH][..]));
+            lengths.push(v6.len());
+            let fragment = v6[6] == 44;
+            let first = !fragment || v6[42..44] == [0, 1];
+            let at = if fragment { 48 } else { 40 };
+            seen.extend(&v6[if first { at + 8 } else { at }..]);
+        }
+        assert!(seen == payload, "nothing is lost and nothing comes twice");
+        assert_eq!(lengths, [1280, 224, 1280, 224, 248]);
+        until("they are counted", || threads.counts().ipv6.sent == 5);
+        let counts = threads.counts();
+        assert_eq!((counts.super_packets, counts.ipv4.received), (1, 1));
+        assert_eq!(counts.dropped, [0; REASONS]);
+        let _ = threads.stop();
     }
 }

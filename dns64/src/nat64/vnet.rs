@@ -7,7 +7,11 @@
 
 use std::num::NonZeroU16;
 
-use super::{DropReason, Offload, checksum::Sum, ip::protocol};
+use super::{
+    DropReason, Offload,
+    checksum::Sum,
+    ip::{V4, protocol, set_word},
+};
 
 /// Octets of the header.
 pub const LENGTH: usize = 10;
@@ -139,6 +143,34 @@ impl Header {
         *field = sum.to_be_bytes();
         Some(())
     }
+}
+
+/// Writes the datagram with this `number`, from 0, of a UDP super-packet over IPv4 to `out`, as a packet of its own that leaves
+/// nothing to do; its length. `None` behind the last one, and of what is no such packet.
+pub fn datagram(packet: &[u8], offload: Offload, number: usize, out: &mut [u8]) -> Option<usize> {
+    let ip = V4::parse(packet)?;
+    let (header, transport) = packet.split_at_checked(ip.header)?;
+    let (ports, payload) = (transport.get(..4)?, transport.get(8..)?);
+    if ip.protocol != protocol::UDP || ip.fragment().is_some() {
+        return None;
+    }
+    let chunk = payload.chunks(offload.segment?.get().into()).nth(number)?;
+    let udp = u16::try_from(8 + chunk.len()).ok()?;
+    let length = ip.header + usize::from(udp);
+    let (front, rest) = out.get_mut(..length)?.split_at_mut_checked(ip.header)?;
+    front.copy_from_slice(header);
+    set_word(front, 2, u16::try_from(length).ok()?)?;
+    set_word(front, 4, ip.id.wrapping_add(u16::try_from(number).ok()?))?;
+    set_word(front, 10, 0)?;
+    set_word(front, 10, Sum::of(front).checksum())?;
+    rest.get_mut(..4)?.copy_from_slice(ports);
+    set_word(rest, 4, udp)?;
+    set_word(rest, 6, 0)?;
+    rest.get_mut(8..)?.copy_from_slice(chunk);
+    let pseudo = Sum::pseudo_v4(ip.source, ip.destination, rest.len(), protocol::UDP);
+    let sum = Sum::of(rest).plus(pseudo).checksum();
+    set_word(rest, 6, if sum == 0 { 0xffff } else { sum })?;
+    Some(length)
 }
 
 /// Where the checksum of a TCP or UDP packet without extension headers lies.
