@@ -11,7 +11,7 @@
 use std::{
     fs,
     io::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     time::Duration,
 };
 
@@ -23,7 +23,7 @@ use tests::{
     edge::{find, other_build, program, say},
     lab::need_tool,
     ping::{Echo, ping},
-    process, wait_until,
+    process, wait_for, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -181,7 +181,7 @@ fn both_sides_ping_each_other_and_every_hop_tells_its_name() -> Result<()> {
     let answer = |kind, from| Some(Echo { from, kind, code: 0 });
     assert_eq!(ping(&stage.client, target, 64, 56)?, answer(129, target));
     assert_eq!(ping(&stage.web, CLIENT.into(), 64, 56)?, answer(0, CLIENT.into()));
-    // Fragments, both ways.
+    // Nothing in it.
     assert_eq!(ping(&stage.client, target, 64, 0)?, answer(129, target));
     // The edge's kernel, the translator, the edge's kernel again.
     let translator: IpAddr = "2001:db8:64::c000:240".parse()?;
@@ -202,6 +202,34 @@ fn both_sides_ping_each_other_and_every_hop_tells_its_name() -> Result<()> {
         answer(3, [10, 0, 0, 10].into())
     );
     assert!(stage.count("dropped", "hop_limit")? >= 2);
+    Ok(())
+}
+
+#[test]
+fn a_datagram_in_fragments_goes_there_and_back() -> Result<()> {
+    let stage = Stage::new()?;
+    let server = stage.web.enter(|| UdpSocket::bind(("10.0.0.11", 7)))?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    let client = stage.client.enter(|| UdpSocket::bind("[fd00::2]:0"))?;
+    client.set_read_timeout(Some(Duration::from_millis(500)))?;
+    for size in [1, 1232, 1452, 1453, 4000, 60_000] {
+        let sent: Vec<u8> = (0..size).map(|octet: u32| (octet % 253) as u8).collect();
+        client.send_to(&sent, (Stage::target(), 7))?;
+        let mut room = vec![0; 65_536];
+        let (length, from) = server
+            .recv_from(&mut room)
+            .with_context(|| format!("{size} octets there"))?;
+        assert_eq!(from.ip(), IpAddr::from(CLIENT));
+        assert!(room[..length] == sent, "{size} octets there");
+        // The first that is longer than IPv6 takes is lost, and the server told of the path's MTU.
+        let back = wait_for(&format!("{size} octets come back"), PATIENCE, || {
+            server.send_to(&sent, from).ok()?;
+            client.recv_from(&mut room).ok()
+        });
+        let (length, from) = back?;
+        assert_eq!(from.ip(), IpAddr::from(Stage::target()));
+        assert!(room[..length] == sent, "{size} octets back");
+    }
     Ok(())
 }
 
