@@ -3,6 +3,7 @@
 //! What is fine is one line per category; what is not has three. A hint is no problem: it does not change the exit code.
 
 mod dns;
+mod nat64;
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -123,6 +124,7 @@ pub(crate) async fn run(client: &Client, out: Out, options: &Options) -> Result<
             balancer(&mut findings, status);
             let config = config.as_ref().ok().map(|loaded| &loaded.config);
             dns::run(&mut findings, client, status, config).await;
+            nat64::run(&mut findings, status);
             descriptors(&mut findings, &status.workers);
         }
         state(&mut findings, &options.state);

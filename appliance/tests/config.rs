@@ -483,3 +483,46 @@ fn scratch(name: &str) -> PathBuf {
     fs::create_dir_all(&dir).expect("a directory");
     dir
 }
+
+#[test]
+fn the_translator_has_one_of_the_prefixes_that_the_resolver_makes_addresses_under() {
+    let text = |resolver: &str, prefix: &str| {
+        format!(
+            "version = 1\n[dns64]\nlisten = [\"[::1]:53\"]\nupstreams = [\"udp://192.0.2.53\"]\n{resolver}\n[nat64]\nmode = \"stateless\"\n{prefix}\n"
+        )
+    };
+    let good = [
+        ("", ""),
+        ("", "prefix = \"64:ff9b::/96\""),
+        ("prefixes = [\"2001:db8:64::/96\"]", "prefix = \"2001:db8:64::/96\""),
+        ("prefixes = []", "prefix = \"none\"\naddress_v6 = \"2001:db8::1\""),
+    ];
+    for (resolver, prefix) in good {
+        load(&text(resolver, prefix), "f").unwrap_or_else(|faulty| panic!("{resolver} {prefix}: {faulty}"));
+    }
+    let told = |resolver: &str, prefix: &str| load(&text(resolver, prefix), "f").expect_err(prefix).to_string();
+    assert_eq!(
+        told("", "prefix = \"2001:db8:64::/96\""),
+        "f:8:10: the resolver makes no addresses under 2001:db8:64::/96, so nobody would come here\n  |\n8 | prefix = \"2001:db8:64::/96\"\n  |          ^^^^^^^^^^^^^^^^^^\n  = write prefix = \"64:ff9b::/96\", or add this one to dns64.prefixes"
+    );
+    let nothing = told("prefixes = []", "prefix = \"64:ff9b::/96\"");
+    assert!(nothing.contains("or prefix = \"none\" here"), "{nothing}");
+}
+
+#[test]
+fn a_stateful_translator_is_refused_as_long_as_there_is_none() {
+    let told = |mode: &str| {
+        let text = format!("version = 1\n[nat64]\n{mode}\npool = [{{ address = \"203.0.113.7\" }}]\n");
+        load(&text, "f").expect_err(mode).to_string()
+    };
+    let written = told("mode = \"stateful\"");
+    assert!(
+        written.starts_with("f:3:8: mode = \"stateful\" of [nat64] is not there yet"),
+        "{written}"
+    );
+    let unwritten = told("");
+    assert!(
+        unwritten.contains("mode = \"stateful\" of [nat64] is not there yet"),
+        "{unwritten}"
+    );
+}

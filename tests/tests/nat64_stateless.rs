@@ -11,7 +11,7 @@
 use std::{
     fs,
     io::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     time::Duration,
 };
 
@@ -20,10 +20,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tests::{
     Edge, Lab, Node, Process,
-    edge::{find, say},
+    edge::{find, other_build, program, say},
     lab::need_tool,
     ping::{Echo, ping},
-    process, wait_until,
+    process, wait_for, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -100,11 +100,16 @@ impl Stage {
 
     /// Fetches the file; its digest.
     fn fetch(&self) -> Result<String> {
+        self.fetch_at("1G")
+    }
+
+    /// Fetches the file no faster than so many octets a second; its digest.
+    fn fetch_at(&self, rate: &str) -> Result<String> {
         let mut curl = self.client.command("bash");
         curl.args([
             "-c",
             &format!(
-                "set -o pipefail; curl -sS -g --max-time 120 'http://[{}]/bulk' | md5sum",
+                "set -o pipefail; curl -sS -g --max-time 120 --limit-rate {rate} 'http://[{}]/bulk' | md5sum",
                 Self::target()
             ),
         ]);
@@ -122,6 +127,14 @@ impl Stage {
         find(place, key)
             .and_then(Value::as_u64)
             .with_context(|| format!("{side} {key} in {status}"))
+    }
+
+    fn wait_for_fetch(&self) -> Result<()> {
+        wait_until("the fetch is under way", PATIENCE, || {
+            let octets = self.count("ipv4", "received_octets");
+            octets.is_ok_and(|octets| octets > 1 << 20)
+        })?;
+        Ok(())
     }
 
     fn digest(&self) -> Result<String> {
@@ -168,7 +181,7 @@ fn both_sides_ping_each_other_and_every_hop_tells_its_name() -> Result<()> {
     let answer = |kind, from| Some(Echo { from, kind, code: 0 });
     assert_eq!(ping(&stage.client, target, 64, 56)?, answer(129, target));
     assert_eq!(ping(&stage.web, CLIENT.into(), 64, 56)?, answer(0, CLIENT.into()));
-    // Fragments, both ways.
+    // Nothing in it.
     assert_eq!(ping(&stage.client, target, 64, 0)?, answer(129, target));
     // The edge's kernel, the translator, the edge's kernel again.
     let translator: IpAddr = "2001:db8:64::c000:240".parse()?;
@@ -189,6 +202,34 @@ fn both_sides_ping_each_other_and_every_hop_tells_its_name() -> Result<()> {
         answer(3, [10, 0, 0, 10].into())
     );
     assert!(stage.count("dropped", "hop_limit")? >= 2);
+    Ok(())
+}
+
+#[test]
+fn a_datagram_in_fragments_goes_there_and_back() -> Result<()> {
+    let stage = Stage::new()?;
+    let server = stage.web.enter(|| UdpSocket::bind(("10.0.0.11", 7)))?;
+    server.set_read_timeout(Some(PATIENCE))?;
+    let client = stage.client.enter(|| UdpSocket::bind("[fd00::2]:0"))?;
+    client.set_read_timeout(Some(Duration::from_millis(500)))?;
+    for size in [1, 1232, 1452, 1453, 4000, 60_000] {
+        let sent: Vec<u8> = (0..size).map(|octet: u32| (octet % 253) as u8).collect();
+        client.send_to(&sent, (Stage::target(), 7))?;
+        let mut room = vec![0; 65_536];
+        let (length, from) = server
+            .recv_from(&mut room)
+            .with_context(|| format!("{size} octets there"))?;
+        assert_eq!(from.ip(), IpAddr::from(CLIENT));
+        assert!(room[..length] == sent, "{size} octets there");
+        // The first that is longer than IPv6 takes is lost, and the server told of the path's MTU.
+        let back = wait_for(&format!("{size} octets come back"), PATIENCE, || {
+            server.send_to(&sent, from).ok()?;
+            client.recv_from(&mut room).ok()
+        });
+        let (length, from) = back?;
+        assert_eq!(from.ip(), IpAddr::from(Stage::target()));
+        assert!(room[..length] == sent, "{size} octets back");
+    }
     Ok(())
 }
 
@@ -252,12 +293,8 @@ fn a_worker_that_is_killed_costs_a_moment_and_no_connection() -> Result<()> {
     let target: IpAddr = Stage::target().into();
     let before = stage.edge.worker("nat64")?;
     let fetched = std::thread::scope(|scope| -> Result<String> {
-        let fetch = scope.spawn(|| stage.fetch());
-        wait_until("the fetch is under way", PATIENCE, || {
-            stage
-                .count("ipv4", "received_octets")
-                .is_ok_and(|octets| octets > 1 << 20)
-        })?;
+        let fetch = scope.spawn(|| stage.fetch_at("60M"));
+        stage.wait_for_fetch()?;
         process::signal(before, Signal::KILL)?;
         stage.edge.wait_for_new_worker("nat64", before, PATIENCE)?;
         fetch.join().expect("no panic")
@@ -296,6 +333,41 @@ fn a_worker_that_is_killed_costs_a_moment_and_no_connection() -> Result<()> {
     ensure!(said.code == Some(0), "{said}");
     let links = say(stage.edge.node().command("ip").args(["-brief", "link"]), PATIENCE)?;
     assert!(!links.out.contains("siit") && !links.out.contains("nat64"), "{links}");
+    Ok(())
+}
+
+#[test]
+fn an_upgrade_keeps_the_device_and_every_connection_over_it() -> Result<()> {
+    let stage = Stage::new()?;
+    let digest = stage.digest()?;
+    let node = stage.edge.node();
+    let index = || -> Result<String> {
+        let shown = say(
+            node.command("ip").args(["-o", "link", "show", "dev", "nat64"]),
+            PATIENCE,
+        )?;
+        Ok(shown.out.split(':').next().unwrap_or_default().to_owned())
+    };
+    let other = other_build(&program("edged")?, &node.file("other"))?;
+    let (device, worker) = (index()?, stage.edge.worker("nat64")?);
+    let fetched = std::thread::scope(|scope| -> Result<String> {
+        let fetch = scope.spawn(|| stage.fetch_at("60M"));
+        stage.wait_for_fetch()?;
+        stage.edge.upgraded(&other)?;
+        fetch.join().expect("no panic")
+    })?;
+    assert_eq!(fetched, digest);
+    assert_ne!(stage.edge.worker("nat64")?, worker);
+    assert_eq!(index()?, device, "the same device");
+    let builds = stage.edge.builds()?;
+    assert!(builds.iter().all(|(_, build)| *build == builds[0].1), "{builds:?}");
+    // The next supervisor knows it as its own: it can be changed, and goes when it is not wanted.
+    let said = stage.edge.apply(&CONFIG.replace("192.0.2.17", "192.0.2.99"))?;
+    ensure!(said.code == Some(0), "{said}");
+    assert!(ping(&stage.web, [192, 0, 2, 99].into(), 64, 56)?.is_some_and(|echo| echo.kind == 0));
+    let said = stage.edge.apply("version = 1\n")?;
+    ensure!(said.code == Some(0), "{said}");
+    assert!(index()?.is_empty());
     Ok(())
 }
 

@@ -75,6 +75,30 @@ fn the_unit_starts_reloads_stops_and_is_removed_without_a_trace() -> Result<()> 
 }
 
 #[test]
+fn under_the_unit_the_translator_has_its_device_and_takes_it_along() -> Result<()> {
+    for suite in suites()? {
+        let world = World::boot(suite)?;
+        let debian = &world.debian;
+        let with_nat64 = format!(
+            "{}[nat64]\nmode = \"stateless\"\nprefix = \"2001:db8:64::/96\"\nmaps = [{{ ipv4 = \"192.0.2.17\", ipv6 = \"fd00::2\" }}]\n",
+            config(&[PORT], world.backend.address())
+        );
+        debian.configure(&with_nat64)?;
+        debian.sh("systemctl start edged")?;
+        let status = debian.sh("edgectl nat64 status")?;
+        assert!(status.contains("tcp-segmentation"), "{suite}: {status}");
+        let routes = debian.sh("ip route show dev nat64; ip -6 route show dev nat64")?;
+        assert!(
+            routes.contains("192.0.2.17") && routes.contains("2001:db8:64::/96"),
+            "{suite}: {routes}"
+        );
+        debian.sh("systemctl stop edged")?;
+        debian.sh("! ip link show nat64 2> /dev/null")?;
+    }
+    Ok(())
+}
+
+#[test]
 fn groups_decide_who_may_look_and_who_may_change() -> Result<()> {
     let world = World::boot("trixie")?;
     let debian = &world.debian;
