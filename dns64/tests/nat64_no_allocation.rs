@@ -52,6 +52,7 @@ fn a_thread_that_translates_allocates_nothing() {
         lowest_ipv6_mtu: 1280,
         copy_class: true,
         sum_udp: true,
+        clamp_mss: true,
         answer: true,
     };
     let mapper = Stateless {
@@ -63,6 +64,7 @@ fn a_thread_that_translates_allocates_nothing() {
     let way = Way {
         translator: Translator::new(settings, [1, 2]),
         mapper: Box::new(move |_| mapper.clone()),
+        fragments: None,
     };
     let way = Arc::new(ArcSwap::from_pointee(way));
     let threads = tun::start(vec![Arc::new(queue.into())], &way).expect("started");

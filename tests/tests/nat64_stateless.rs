@@ -166,7 +166,7 @@ fn a_machine_without_ipv4_fetches_from_one_without_ipv6_by_super_packets() -> Re
     let metrics = stage.edge.metrics()?;
     for line in [
         "edge_nat64_offload{offload=\"tcp-segmentation\"} 1",
-        "edge_nat64_dropped_total{reason=\"not_mapped\"} 0",
+        "edge_nat64_dropped_total{reason=\"malformed\"} 0",
         "edge_worker_up{role=\"nat64\"} 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");

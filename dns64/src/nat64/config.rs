@@ -532,6 +532,17 @@ impl Config {
                     "leave one of them out",
                 );
             }
+            let again = |other: &&Pool| other.address == at.address && !other.ports.overlaps(at.ports);
+            if self.mode.value == Mode::Stateful && seen.iter().any(|other| again(other)) {
+                faults.error(
+                    at,
+                    format!(
+                        "{} is in the pool already, and an address has one range of ports",
+                        at.address
+                    ),
+                    "write one range for both",
+                );
+            }
             seen.push(&at.value);
         }
         if self.mode.value == Mode::Stateless
@@ -838,7 +849,34 @@ device = "siit0"
     #[test]
     fn what_cannot_work_is_told_where_it_stands() {
         for (text, at, said) in [
-            ("mode = \"stateful\"", "\"stateful\"", "not there yet"),
+            (
+                "mode = \"stateful\"\nclients = [\"fd00::/64\"]",
+                "\"stateful\"",
+                "needs an IPv4 address",
+            ),
+            (
+                "mode = \"stateful\"\npool = [{ address = \"203.0.113.7\" }]",
+                "\"stateful\"",
+                "hide the whole internet",
+            ),
+            ("max_sessions = 7", "7", "1024 to 8388608"),
+            ("new_sessions_per_second = 0", "0", "1 to 10000000"),
+            ("host_prefix_length = 16", "16", "make no host"),
+            (
+                "allow_private = [\"10.0.0.0/8\"]",
+                "\"10.0.0.0/8\"",
+                "global addresses only",
+            ),
+            (
+                "pool = [{ address = \"203.0.113.7\" }]\nstatic_bindings = [{ protocol = \"tcp\", ipv4 = \"203.0.113.8:80\", ipv6 = \"[fd00::1]:80\" }]",
+                "{ protocol = \"tcp\", ipv4 = \"203.0.113.8:80\", ipv6 = \"[fd00::1]:80\" }",
+                "no address of the pool",
+            ),
+            (
+                "pool = [{ address = \"192.0.2.1\", ports = \"1024-2000\" }, { address = \"192.0.2.1\", ports = \"3000\" }]",
+                "{ address = \"192.0.2.1\", ports = \"3000\" }",
+                "one range",
+            ),
             ("mode = \"stateless\"\nprefix = \"none\"", "\"none\"", "ICMPv6 errors"),
             (
                 "mode = \"stateless\"\nmaps = [{ ipv4 = \"192.0.2.0/24\", ipv6 = \"2001:db8::/121\" }]",

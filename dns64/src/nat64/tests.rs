@@ -920,13 +920,13 @@ fn rfc7915_section_4_and_5_packets_of_a_flow_leave_in_the_order_in_which_they_ca
 }
 
 #[test]
-fn rfc7915_section_4_a_fragment_with_df_is_told_an_mtu_that_it_fits_with_its_fragment_header() {
+fn rfc7915_section_4_a_fragment_with_df_is_told_the_mtu_of_the_path() {
     let sent = with(to_host(17, &[7; 1480]), 6, &[0x40, 185]);
     let got = v4_in(&with(sent, 6, &[0x60, 0]), |_| {});
     let Seen::Reply(DropReason::TooBig, got) = got else {
         panic!("{got:?}")
     };
-    assert_eq!(got[26..28], 1472_u16.to_be_bytes());
+    assert_eq!(got[26..28], 1480_u16.to_be_bytes());
     let sent = with(to_host(17, &[7; 1452]), 6, &[0x60, 0]);
     assert_eq!(v4_in(&sent, |_| {}).forwarded().len(), 1500);
 }

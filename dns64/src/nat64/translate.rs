@@ -239,9 +239,9 @@ impl Translator {
             false => mtu.min(self.settings.lowest_ipv6_mtu),
         });
         let headers = if ip.fragment().is_some() { FRAGMENT_HEADERS } else { 40 };
-        // A fragment grows by a Fragment header, too: who is not told so sends what is too big again.
-        let longer = LONGER + u16::from(ip.fragment().is_some()) * 8;
-        let too_big = Refusal::told(DropReason::TooBig, Problem::TooBig(mtu.saturating_sub(longer)));
+        // RFC 7915 §4: so much less, also for a fragment, which grows by another 8 octets. It is the path's MTU that is told, and
+        // that of most packets.
+        let too_big = Refusal::told(DropReason::TooBig, Problem::TooBig(mtu.saturating_sub(LONGER)));
         if let Some(segment) = packet.offload.segment {
             let headers = 40 + transport::header(ip.protocol, transport).ok_or(DropReason::Malformed)?;
             return match lowered(segment, headers, limit) {
