@@ -6,12 +6,7 @@
 //! Nobody here wrote the packets, and they are not part of this project: `EDGE_SHARED` names a directory with
 //! `jool-graybox/cases.tsv` and the files that it speaks of. Without it there is nothing to run, which is said aloud.
 
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use tests::{Edge, Lab, packets::PacketSocket};

@@ -533,7 +533,7 @@ impl Config {
                 );
             }
             let again = |other: &&Pool| other.address == at.address && !other.ports.overlaps(at.ports);
-            if self.mode.value == Mode::Stateful && seen.iter().any(|other| again(other)) {
+            if self.mode.value == Mode::Stateful && seen.iter().any(again) {
                 faults.error(
                     at,
                     format!(
