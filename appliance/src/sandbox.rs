@@ -80,8 +80,8 @@ pub enum Error {
 const fn memory(role: Role) -> u64 {
     match role {
         Role::Lb | Role::Dns64 => 2 << 30,
-        // A table of a million sessions, and room to replace it.
-        Role::Nat64 => 1 << 30,
+        // A table of two million sessions and 256 addresses, twice: a reload makes one beside the other.
+        Role::Nat64 => 3 << 30,
         Role::Web => 256 << 20,
     }
 }

@@ -510,19 +510,24 @@ fn the_translator_has_one_of_the_prefixes_that_the_resolver_makes_addresses_unde
 }
 
 #[test]
-fn a_stateful_translator_is_refused_as_long_as_there_is_none() {
-    let told = |mode: &str| {
-        let text = format!("version = 1\n[nat64]\n{mode}\npool = [{{ address = \"203.0.113.7\" }}]\n");
-        load(&text, "f").expect_err(mode).to_string()
+fn a_stateful_translator_says_what_it_lacks() {
+    let told = |lines: &str| {
+        let text = format!("version = 1\n[nat64]\n{lines}\n");
+        load(&text, "f")
+            .err()
+            .map_or_else(String::new, |faulty| faulty.to_string())
     };
-    let written = told("mode = \"stateful\"");
+    let bare = told("mode = \"stateful\"");
+    for says in [
+        "f:3:8: mode = \"stateful\" needs an IPv4 address",
+        "without clients nobody may open a session",
+    ] {
+        assert!(bare.contains(says), "{bare}");
+    }
+    let pool = "pool = [{ address = \"203.0.113.7\" }]";
     assert!(
-        written.starts_with("f:3:8: mode = \"stateful\" of [nat64] is not there yet"),
-        "{written}"
+        told(pool).contains("without clients"),
+        "also where the mode is not written"
     );
-    let unwritten = told("");
-    assert!(
-        unwritten.contains("mode = \"stateful\" of [nat64] is not there yet"),
-        "{unwritten}"
-    );
+    assert_eq!(told(&format!("{pool}\nclients = [\"2001:db8:1::/48\"]")), "");
 }

@@ -21,6 +21,8 @@ use crate::Pref64;
 
 /// Who reports when nothing better is configured: an address that is nobody's (RFC 7600 §4.8, RFC 8155).
 const NOBODY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+/// Addresses of the pool. Each takes room for its ports.
+const LARGEST_POOL: usize = 256;
 /// Of an interface's name, without the zero that ends it (IFNAMSIZ).
 const LONGEST_NAME: usize = 15;
 
@@ -57,7 +59,7 @@ pub struct Config {
     /// mode = "stateful". Default: none.
     #[serde(default)]
     pub static_bindings: Vec<At<StaticBinding>>,
-    /// Sessions, and as many bindings, that there may be at once, 1024 to 8388608. Takes effect when edged starts.
+    /// Sessions, and as many bindings, that there may be at once, 1024 to 2097152. Takes effect when edged starts.
     /// Default: 262144.
     #[serde(default = "usual_sessions")]
     pub max_sessions: At<u32>,
@@ -413,7 +415,7 @@ impl Config {
 
     fn check_sessions(&self, faults: &mut Faults) {
         for (at, least, most) in [
-            (Some(&self.max_sessions), 1024, 8_388_608),
+            (Some(&self.max_sessions), 1024, 2_097_152),
             (Some(&self.new_sessions_per_second), 1, 10_000_000),
             (self.bindings_per_host.as_ref(), 1, u32::MAX),
             (self.sessions_per_host.as_ref(), 1, u32::MAX),
@@ -515,6 +517,13 @@ impl Config {
     }
 
     fn check_pool(&self, faults: &mut Faults) {
+        if let Some(at) = self.pool.get(LARGEST_POOL) {
+            faults.error(
+                at,
+                format!("the pool has {} addresses", self.pool.len()),
+                format!("write at most {LARGEST_POOL}"),
+            );
+        }
         let mut seen: Vec<&Pool> = Vec::new();
         for at in &self.pool {
             if !super::error::is_source_v4(at.address) {
@@ -859,7 +868,7 @@ device = "siit0"
                 "\"stateful\"",
                 "hide the whole internet",
             ),
-            ("max_sessions = 7", "7", "1024 to 8388608"),
+            ("max_sessions = 7", "7", "1024 to 2097152"),
             ("new_sessions_per_second = 0", "0", "1 to 10000000"),
             ("host_prefix_length = 16", "16", "make no host"),
             (

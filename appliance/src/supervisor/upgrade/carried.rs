@@ -282,12 +282,12 @@ mod tests {
                 queues: vec![number(5)],
                 offloads: Offloads::default(),
                 routes: ["64:ff9b::/96".parse().expect("a network")].into(),
-                memory: number(5),
+                memory: number(6),
             }],
             workers: vec![Worker {
                 role: Role::Lb,
                 pid: 813,
-                channel: number(6),
+                channel: number(7),
                 build: Build::default(),
                 pings: 7,
                 next: 8,
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again_with_every_descriptor() {
-        let descriptors: Vec<_> = (0..7).map(|_| null()).collect();
+        let descriptors: Vec<_> = (0..8).map(|_| null()).collect();
         let state = carried(&descriptors).write().expect("written");
         let read = Carried::read(state.as_fd()).expect("read");
         let numbers: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_state_that_is_not_ours_is_refused_and_never_a_panic() {
-        let descriptors: Vec<_> = (0..7).map(|_| null()).collect();
+        let descriptors: Vec<_> = (0..8).map(|_| null()).collect();
         assert!(
             Carried::read(null().as_fd())
                 .expect_err("no memory")

@@ -6,6 +6,7 @@
 mod clients;
 mod dns64;
 mod lb;
+mod nat64;
 mod servers;
 
 use std::{
@@ -21,7 +22,7 @@ use tests::Lab;
 /// A part: its name, what it shows, how it is run.
 type Part = (&'static str, &'static str, fn(&mut Story) -> Result<()>);
 
-const PARTS: [Part; 2] = [
+const PARTS: [Part; 3] = [
     (
         "lb",
         "the load balancer before a cluster of three servers, while they fail",
@@ -31,6 +32,11 @@ const PARTS: [Part; 2] = [
         "dns64",
         "names for nodes without IPv4: synthesised addresses, and a zone that nodes register in",
         dns64::run,
+    ),
+    (
+        "nat64",
+        "a node without IPv4 uses a server that has nothing else, by name",
+        nat64::run,
     ),
 ];
 
